@@ -1,0 +1,1014 @@
+"""MM-Diffusion: joint audio-video generation with a coupled U-Net (Ruan et al., CVPR 2023, arXiv:2212.09478)."""
+import argparse
+import copy
+import dataclasses
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Every option of this file; the defaults are the paper's (Table A.1) or, where it is silent, the released code's."""
+    preset: str = "paper"            # the row of PRESETS that these values started from
+    data: str = "toy"                # toy, toy:bounce,glide (some scenes) or a set made by `python data.py prepare`
+    out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA]
+    # the clip
+    frames: int = 16                 # frames in a clip
+    size: int = 64                   # height and width, pixels
+    fps: int = 10                    # frames per second
+    rate: int = 16000                # audio samples per second; a clip has frames * rate / fps of them (25,600)
+    # the coupled U-Net (section 3.3)
+    width: int = 128                 # base channels
+    mult: tuple = (1, 2, 3, 4)       # channels of each scale, in units of width
+    res_blocks: int = 2              # MM-blocks per scale, beside the one that resamples
+    norm_groups: int = 32            # groups of every group norm; must divide every width
+    heads: int = 4                   # heads of self-attention (the paper's 64 channels a head hold for cross-attention)
+    cross_head_dim: int = 64         # channels per head of cross-attention
+    film: bool = True                # the time embedding scales and shifts (FiLM); false: it is added
+    video_attention: tuple = (2, 4, 8)  # downsampling factors with spatial and temporal self-attention
+    cross_attention: tuple = (2, 4, 8)  # downsampling factors with cross-attention
+    windows: tuple = (1, 4, 8)       # frames in the window of cross-attention at each of those factors (S in eq. 8)
+    random_shift: bool = True        # draw the shift R of the windows anew in every forward; false: R = 0
+    streams: str = "av"              # av: both; v or a: one sub-network alone (Ours-v, Ours-a in Tables 1 and 2)
+    dropout: float = 0.1             # in the residual blocks, while training
+    checkpoint: bool = False         # recompute blocks in backward: less memory, about a third more time
+    # diffusion (sections 3.1 and 3.2)
+    diffusion_steps: int = 1000      # T; linear betas from 1e-4 to 0.02, scaled by 1000 / T
+    prediction: str = "eps"          # eps: the network gives the noise (eq. 7); v: sqrt(abar) eps - sqrt(1-abar) x0
+    sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
+    sample_steps: int = 20           # network calls per sample (ddpm: always T; dpm_adaptive: as many as it takes)
+    # training
+    steps: int = 10000               # optimizer steps
+    batch_size: int = 128            # clips per optimizer step over ALL processes
+    grad_accum: int = 1              # parts that each process splits its share of the batch into
+    lr: float = 1e-4                 # AdamW learning rate
+    lr_end: float = 1.0              # the rate falls linearly to this share of lr at the last step; 1: constant
+    warmup: int = 0                  # steps of linear warm-up
+    weight_decay: float = 0.0        # AdamW weight decay
+    clip: float = 0.0                # largest gradient norm; 0: no clipping (the norm is logged all the same)
+    ema: float = 0.9999              # decay of the averaged weights, ramped up from (1 + step) / (10 + step)
+    amp: str = "auto"                # auto, bf16, fp16 or off; auto: bf16 or fp16 on CUDA, off elsewhere
+    compile: bool = False            # torch.compile the network
+    device: str = "auto"             # auto (cuda, mps, cpu) or a torch device
+    workers: int = 2                 # data loading processes
+    seed: int = 0                    # of weights, batches, noise, shifts and samples
+    init_from: str = ""              # start from the weights in this file: a checkpoint of ours or a released one
+    log_every: int = 10              # steps between rows of log.csv
+    val_every: int = 500             # steps between validations
+    val_clips: int = 64              # validation clips, each seen at one noise level of every quartile
+    save_every: int = 500            # steps between checkpoints
+    sample_every: int = 1000         # steps between samples
+    samples: int = 4                 # clips to sample then, and at the end
+
+
+PRESETS = {
+    "toy": dict(size=32, rate=8000, width=16, mult=(1, 2, 4, 8), res_blocks=1, norm_groups=8, cross_head_dim=32,
+                dropout=0.0, prediction="v", steps=600, batch_size=8, lr=2e-3, lr_end=0.1, warmup=20, clip=1.0, ema=0.99,
+                val_every=200, val_clips=32, save_every=100, sample_every=300),
+    "small": dict(width=64, res_blocks=1, dropout=0.0, steps=10000, batch_size=16, lr=3e-4, lr_end=0.1, warmup=200,
+                  clip=1.0, ema=0.999),
+    "paper": dict(),
+    "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),   # Paredes 2025, section IV-B
+    "audioset": dict(width=256),                                                      # supplement, section C
+}
+
+
+def parse(argv=None, prog="mm_diffusion"):
+    """Command line -> Config: the preset's values, then the options given. Exits with one line on a wrong option."""
+    def ints(text):
+        return tuple(int(x) for x in text.split(",") if x)
+
+    def bool_(text):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+    remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(prog=f"{prog}.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    choices = {"preset": PRESETS, "streams": ("av", "v", "a"), "prediction": ("eps", "v"), "sampler": SAMPLERS,
+               "amp": ("auto", "bf16", "fp16", "off")}
+    parser.error = lambda message: die(f"{parser.prog}: {message} (--help lists the options)")
+    for f in dataclasses.fields(Config):
+        kind = {tuple: ints, bool: bool_}.get(f.type, f.type)
+        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
+        parser.add_argument("--" + f.name, type=kind, metavar=f.type.__name__, default=argparse.SUPPRESS,
+                            choices=choices.get(f.name),
+                            help=f"{remarks[f.name]} [{default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    source = given.get("data", "toy").split(":")[0]
+    preset = given.get("preset", source if source in PRESETS else "paper")
+    cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
+    if wrong := check(cfg):
+        parser.error(wrong)
+    if not cfg.out:
+        cfg.out = f"out/{prog}/" + (preset if cfg.data == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}"))
+    return cfg
+
+
+def check(cfg):
+    """The first thing wrong with a config, as one sentence, or None."""
+    world, scales = int(os.environ.get("WORLD_SIZE", 1)), 2 ** (len(cfg.mult) - 1)
+    widths = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}
+    attention = {*cfg.video_attention, *cfg.cross_attention}
+    rules = [
+        (cfg.batch_size % (world * cfg.grad_accum) == 0, f"--batch_size {cfg.batch_size} does not divide by {world} "
+         f"processes x --grad_accum {cfg.grad_accum}: use a multiple of {world * cfg.grad_accum}"),
+        (cfg.frames * cfg.rate % cfg.fps == 0, "--frames * --rate / --fps, the audio samples in a clip, must be whole"),
+        (cfg.size % scales == 0, f"--size must divide by {scales}, as --mult has {len(cfg.mult)} scales"),
+        (cfg.frames * cfg.rate // cfg.fps % scales ** 2 == 0, f"the audio samples in a clip ({cfg.frames * cfg.rate // cfg.fps}"
+         f" = --frames * --rate / --fps) must divide by {scales ** 2}, as --mult has {len(cfg.mult)} scales"),
+        (all(w % cfg.norm_groups == 0 for w in widths.values()), "--norm_groups must divide every width (--width * --mult)"),
+        (attention <= set(widths), f"attention is possible at the factors {', '.join(map(str, widths))}"),
+        (len(cfg.windows) == len(cfg.cross_attention), "--windows needs one window for each factor of --cross_attention"),
+        (all(0 < w <= cfg.frames for w in cfg.windows), f"--windows must lie between 1 and --frames ({cfg.frames})"),
+        (all(widths.get(f, 0) % cfg.cross_head_dim == 0 for f in cfg.cross_attention), "--cross_head_dim must divide the "
+         "widths of cross-attention"),
+        (all(widths.get(f, 0) % cfg.heads == 0 for f in attention), "--heads must divide the widths of attention"),
+        (cfg.diffusion_steps >= 25, "--diffusion_steps must be 25 or more: the betas grow beyond 1 for fewer"),
+        (min(cfg.steps, cfg.log_every, cfg.val_every, cfg.save_every, cfg.sample_every, cfg.val_clips, cfg.samples,
+             cfg.sample_steps, cfg.batch_size, cfg.grad_accum) > 0, "steps, counts and intervals must be positive"),
+    ]
+    return next((sentence for good, sentence in rules if not good), None)
+
+
+def say(message):
+    """Print once, however many processes run."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def die(message):
+    """End with one sentence on stderr, printed once however many processes run."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(5)                # torchrun stops all processes when the first one ends: let rank 0 speak
+        sys.exit(1)
+    sys.exit(message)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model. Inside it features are channels-last: video (B, F, H, W, C), audio (B, L, C). So 1x1 convolutions and
+# attention need no copies, and the 2-D kernels run in their fast layout. Parameters keep the released names and shapes.
+# ------------------------------------------------------------------------------------------------------------
+
+class Norm(nn.Module):
+    """Group norm of channels-last features (B, ..., C) over a group's channels and everything between B and C."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.GroupNorm = nn.GroupNorm(groups, channels)
+
+    def forward(self, x):
+        flat = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)     # (B, C, N, 1) in channels-last memory
+        return self.GroupNorm(flat).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+class Pointwise(nn.Conv1d):
+    """1x1 convolution of channels-last features: (B, ..., I) -> (B, ..., O)."""
+
+    def __init__(self, i, o):
+        super().__init__(i, o, 1)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class AudioConv(nn.Module):
+    """Dilated 1-D convolution (section 3.3): (B, L, I) -> (B, L, O)."""
+
+    def __init__(self, i, o, kernel, dilation=1):
+        super().__init__()
+        self.audio_conv = nn.Conv1d(i, o, kernel, padding=kernel // 2 * dilation, dilation=dilation)
+
+    def forward(self, a):
+        conv = self.audio_conv
+        if conv.kernel_size == (1,):
+            return F.linear(a, conv.weight.flatten(1), conv.bias)
+        a = a.unsqueeze(1).permute(0, 3, 1, 2)                                   # (B, I, 1, L), channels-last memory
+        a = F.conv2d(a, conv.weight.unsqueeze(2), conv.bias, 1, (0, *conv.padding), (1, *conv.dilation))
+        return a.permute(0, 2, 3, 1).squeeze(1)                                  # (B, L, O)
+
+
+class VideoConv(nn.Module):
+    """2-D convolution over space, then 1-D over time, nothing between: (B, F, H, W, I) -> (B, F, H, W, O)."""
+
+    def __init__(self, i, o, kernel=3):
+        super().__init__()
+        self.video_conv_spatial = nn.Conv2d(i, o, kernel, padding=kernel // 2)
+        self.video_conv_temporal = nn.Conv1d(o, o, kernel, padding=kernel // 2)
+
+    def forward(self, v):
+        B, frames, H, W, _ = v.shape
+        v = self.video_conv_spatial(v.flatten(0, 1).permute(0, 3, 1, 2))         # (B*F, O, H, W)
+        v = v.permute(0, 2, 3, 1).reshape(B, frames, H * W, -1).permute(0, 3, 1, 2)           # (B, O, F, H*W)
+        time = self.video_conv_temporal
+        v = F.conv2d(v, time.weight.unsqueeze(3), time.bias, padding=(*time.padding, 0))      # (B, O, F, H*W)
+        return v.permute(0, 2, 3, 1).reshape(B, frames, H, W, -1)
+
+
+class VideoConv3d(nn.Module):
+    """Full 3-D convolution, (B, F, H, W, I) -> (B, F, H, W, O): the head (kernel 3) and all 1x1x1 projections."""
+
+    def __init__(self, i, o, kernel):
+        super().__init__()
+        self.video_conv = nn.Conv3d(i, o, kernel, padding=kernel // 2)
+
+    def forward(self, v):
+        if self.video_conv.kernel_size == (1, 1, 1):
+            return F.linear(v, self.video_conv.weight.flatten(1), self.video_conv.bias)
+        return self.video_conv(v.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+def zeroed(module):
+    """Zero a layer's parameters, so that its residual branch starts as nothing and the fresh network outputs 0."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def attend(q, k, v, heads):
+    """softmax(q k^T / sqrt(d)) v over tokens: q (B, N, C), k and v (B, M, C), each head a run of d channels -> (B, N, C)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, d)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, N, C)
+
+
+class SelfAttention(nn.Module):
+    """x + proj(attention(norm(x))) over tokens (B, N, C). No positions: the convolutions' padding tells them."""
+
+    def __init__(self, channels, heads, groups):
+        super().__init__()
+        self.heads = heads
+        self.norm = Norm(channels, groups)
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.proj_out = zeroed(Pointwise(channels, channels))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)                        # each (B, N, C)
+        return x + self.proj_out(attend(q, k, v, self.heads))
+
+
+def resample(v, a, how):
+    """Halve ("down") or double ("up") the video's height and width; the audio's length changes fourfold."""
+    if how == "down":
+        if v is not None:
+            v = v.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))       # (B, F, H/2, W/2, C)
+        return v, a if a is None else a.unflatten(1, (-1, 4)).mean(2)            # (B, L/4, C)
+    if v is not None:
+        B, frames, H, W, C = v.shape
+        v = v[:, :, :, None, :, None].expand(B, frames, H, 2, W, 2, C).reshape(B, frames, 2 * H, 2 * W, C)
+    return v, a if a is None else a.repeat_interleave(4, dim=1)                  # (B, 4L, C)
+
+
+class ResBlock(nn.Module):
+    """MM-block (figure 3b): the same residual block for video and for audio, driven by one time embedding."""
+
+    def __init__(self, i, o, cfg, dilation, how=None, video_attention=False, audio_attention=False):
+        super().__init__()
+        self.how, groups, drop = how, cfg.norm_groups, cfg.dropout
+        video, audio = "v" in cfg.streams, "a" in cfg.streams
+        if video:
+            self.video_in_layers = nn.Sequential(Norm(i, groups), nn.SiLU(), VideoConv(i, o))
+        if audio:
+            self.audio_in_layers = nn.Sequential(Norm(i, groups), nn.SiLU(), AudioConv(i, o, 3, dilation))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * o if cfg.film else o))
+        if video:
+            self.video_out_layers = nn.Sequential(Norm(o, groups), nn.SiLU(), nn.Dropout(drop), zeroed(VideoConv3d(o, o, 1)))
+        if audio:
+            self.audio_out_layers = nn.Sequential(Norm(o, groups), nn.SiLU(), nn.Dropout(drop), zeroed(AudioConv(o, o, 1)))
+        if video:
+            self.video_skip_connection = nn.Identity() if i == o else VideoConv3d(i, o, 1)
+        if audio:
+            self.audio_skip_connection = nn.Identity() if i == o else AudioConv(i, o, 1)
+        if video and video_attention:
+            self.spatial_attention_block = SelfAttention(o, cfg.heads, groups)
+            self.temporal_attention_block = SelfAttention(o, cfg.heads, groups)
+        if audio and audio_attention:
+            self.audio_attention_block = SelfAttention(o, cfg.heads, groups)
+
+    def forward(self, v, a, emb):
+        hv = None if v is None else self.video_in_layers(v)
+        ha = None if a is None else self.audio_in_layers(a)
+        if self.how:
+            (v, a), (hv, ha) = resample(v, a, self.how), resample(hv, ha, self.how)
+        p = self.emb_layers(emb)                                                 # (B, 2*O), or (B, O) without FiLM
+        if v is not None:
+            v = self.video_skip_connection(v) + modulated(self.video_out_layers, hv, p)
+        if a is not None:
+            a = self.audio_skip_connection(a) + modulated(self.audio_out_layers, ha, p)
+        if hasattr(self, "spatial_attention_block"):
+            v = self.video_attention(v)
+        if hasattr(self, "audio_attention_block"):
+            a = self.audio_attention_block(a)
+        return v, a
+
+    def video_attention(self, v):
+        B, frames, H, W, C = v.shape
+        v = self.spatial_attention_block(v.reshape(B * frames, H * W, C))        # every frame attends over its pixels
+        v = v.reshape(B, frames, H * W, C).transpose(1, 2).reshape(B * H * W, frames, C)
+        v = self.temporal_attention_block(v)                                     # every pixel attends over the frames
+        return v.reshape(B, H * W, frames, C).transpose(1, 2).reshape(B, frames, H, W, C)
+
+
+def modulated(layers, h, p):
+    """Norm, FiLM by p (scale and shift, or a plain addition before the norm), then the rest of `layers`."""
+    norm, *rest = layers
+    p = p.reshape(p.shape[0], *[1] * (h.dim() - 2), -1)                          # (B, 1, ..., 2*O or O)
+    if p.shape[-1] == h.shape[-1]:
+        h = norm(h + p)
+    else:
+        scale, shift = p.chunk(2, dim=-1)
+        h = torch.addcmul(shift, norm(h), 1 + scale)                             # norm(h) (1 + scale) + shift
+    for layer in rest:
+        h = layer(h)
+    return h
+
+
+def windows(x, count, span, R):
+    """Cut tokens x (B, N, C) into `count` segments of n = N // count; gather for segment i the `span` segments from i + R
+    on, modulo N (section 3.3, step II) -> (B * count, span * n, C). R is a 0-d tensor."""
+    B, N, C = x.shape
+    n = N // count
+    unit = n if N % count == 0 else 1      # whole segments move at once, unless a remainder makes wrapped windows slip
+    start = (torch.arange(count, device=x.device) + R) * n
+    index = (start[:, None] + torch.arange(0, span * n, unit, device=x.device)) % N // unit    # (count, span*n/unit)
+    return x.reshape(B, N // unit, unit * C).index_select(1, index.flatten()).reshape(B * count, span * n, C)
+
+
+class CrossAttention(nn.Module):
+    """Random-shift multi-modal attention (eq. 8-9): frame i attends to the audio of frames i+R .. i+R+S-1, modulo F, and
+    the audio segment of frame i to those frames. S is the window; S = None: the whole clip, no shift."""
+
+    def __init__(self, channels, cfg, window):
+        super().__init__()
+        self.window, self.heads = window, channels // cfg.cross_head_dim
+        self.v_norm = Norm(channels, cfg.norm_groups)
+        self.a_norm = Norm(channels, cfg.norm_groups)
+        self.v_qkv = Pointwise(channels, 3 * channels)
+        self.a_qkv = Pointwise(channels, 3 * channels)
+        self.video_proj_out = zeroed(VideoConv3d(channels, channels, 1))
+        self.audio_proj_out = zeroed(AudioConv(channels, channels, 1))
+
+    def forward(self, v, a, R):
+        (B, frames, H, W, C), L = v.shape, a.shape[1]
+        S, n = self.window or frames, L // frames
+        vq, vkv = self.v_qkv(self.v_norm(v)).flatten(1, 3).split((C, 2 * C), dim=-1)     # (B, F*H*W, C), (B, F*H*W, 2C)
+        aq, akv = self.a_qkv(self.a_norm(a)).split((C, 2 * C), dim=-1)                   # (B, L, C), (B, L, 2C)
+        if S == frames and L % frames == 0:      # every window holds the whole clip: one attention, nothing to gather
+            hv = attend(vq, *akv.chunk(2, dim=-1), self.heads)
+            ha = attend(aq, *vkv.chunk(2, dim=-1), self.heads)
+        else:
+            akv, vkv = windows(akv, frames, S, R), windows(vkv, frames, S, R)            # (B*F, S*n, 2C), (B*F, S*H*W, 2C)
+            hv = attend(vq.reshape(B * frames, H * W, C), *akv.chunk(2, dim=-1), self.heads)
+            head, tail = aq.split((frames * n, L - frames * n), dim=1)
+            ha = attend(head.reshape(B * frames, n, C), *vkv.chunk(2, dim=-1), self.heads).reshape(B, frames * n, C)
+            if tail.shape[1]:                    # the last segment takes the remainder of L / F
+                last = vkv.reshape(B, frames, -1, 2 * C)[:, -1]                          # (B, S*H*W, 2C)
+                ha = torch.cat([ha, attend(tail, *last.chunk(2, dim=-1), self.heads)], dim=1)    # (B, L, C)
+        return v + self.video_proj_out(hv.reshape(v.shape)), a + self.audio_proj_out(ha)
+
+
+class Stem(nn.Module):
+    """Pixels and waveform -> base channels."""
+
+    def __init__(self, o, cfg):
+        super().__init__()
+        self.video_conv = VideoConv(3, o) if "v" in cfg.streams else None
+        self.audio_conv = AudioConv(1, o, 3) if "a" in cfg.streams else None
+
+    def forward(self, v, a):
+        return v if v is None else self.video_conv(v), a if a is None else self.audio_conv(a)
+
+
+def time_embedding(t, dim):
+    """Sinusoids of the diffusion step, cosines first: (B,) -> (B, dim)."""
+    freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, device=t.device))
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class CoupledUNet(nn.Module):
+    """The coupled U-Net (figure 3a). Per scale: res_blocks MM-blocks, each followed by cross-attention at the chosen
+    scales, then one that downsamples; back up with one block more per scale, each fed the encoder's features."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        widths = [cfg.width * m for m in cfg.mult]
+        scale_of = {2 ** level: w for level, w in enumerate(widths)}
+        window = dict(zip(cfg.cross_attention, cfg.windows, strict=True)) if cfg.streams == "av" else {}
+        self.time_embed = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
+        k = 1                                        # audio dilations cycle through 2^(k mod 10), k counts blocks
+
+        def blocks(i, o, ds):                        # an MM-block and, where the scale has it, cross-attention
+            res = ResBlock(i, o, cfg, 2 ** (k % 10), video_attention=ds in cfg.video_attention)
+            return [res, CrossAttention(o, cfg, window[ds])] if ds in window else [res]
+
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(widths[0], cfg)])])
+        c, skips = widths[0], [widths[0]]
+        for ds, w in scale_of.items():
+            for _ in range(cfg.res_blocks):
+                self.input_blocks.append(nn.ModuleList(blocks(c, w, ds)))
+                c, k = w, k + 1
+                skips.append(c)
+            if w is not widths[-1] or ds != 2 ** (len(widths) - 1):
+                self.input_blocks.append(nn.ModuleList([ResBlock(c, c, cfg, 2 ** (k % 10), how="down")]))
+                k += 1
+                skips.append(c)
+        middle = [ResBlock(c, c, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
+        # The released network has this block, which the paper does not mention, for its default windows alone.
+        if cfg.windows == (1, 4, 8) and window:
+            middle.insert(1, CrossAttention(c, cfg, None))
+        self.middle_blocks = nn.ModuleList(middle)
+        k -= 1
+        self.output_blocks = nn.ModuleList()
+        for ds, w in reversed(scale_of.items()):
+            for i in range(cfg.res_blocks + 1):
+                entry = blocks(c + skips.pop(), w, ds)
+                c, k = w, k - 1
+                if ds > 1 and i == cfg.res_blocks:
+                    entry.append(ResBlock(c, c, cfg, 2 ** (k % 10), how="up"))
+                self.output_blocks.append(nn.ModuleList(entry))
+        if "a" in cfg.streams:
+            self.audio_out = nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(AudioConv(c, 1, 3)))
+        if "v" in cfg.streams:
+            self.video_out = nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(VideoConv3d(c, 3, 3)))
+
+    def draw_shifts(self, frames, generator=None):
+        """One shift R, uniform in 0 .. F - S, per cross-attention block in the order they run -> (blocks,) int64."""
+        spans = [m.window or frames for m in self.modules() if isinstance(m, CrossAttention)]
+        spans = spans if self.cfg.random_shift else [frames] * len(spans)
+        return torch.tensor([int(torch.randint(max(frames - s, 0) + 1, (), generator=generator)) for s in spans])
+
+    def forward(self, v, a, t, shifts=None):
+        """v (B, F, 3, H, W) and a (B, 1, L), noisy; t (B,) diffusion steps; shifts as from draw_shifts (None: drawn here)
+        -> the prediction for each, same shapes. A stream that the network lacks is None, in and out."""
+        if shifts is None:
+            shifts = self.draw_shifts(v.shape[1] if v is not None else 1).to(t.device)
+        R = iter(shifts)
+        emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, width)
+        v = None if v is None else v.permute(0, 1, 3, 4, 2).contiguous()         # (B, F, H, W, 3)
+        a = None if a is None else a.transpose(1, 2)                             # (B, L, 1)
+        skips = []
+        for entry in self.input_blocks:
+            v, a = self.run(entry, v, a, emb, R)
+            skips.append((v, a))
+        v, a = self.run(self.middle_blocks, v, a, emb, R)
+        for entry in self.output_blocks:
+            v, a = (x if x is None else torch.cat([x, s], -1) for x, s in zip((v, a), skips.pop(), strict=True))
+            v, a = self.run(entry, v, a, emb, R)
+        return (None if v is None else self.video_out(v).permute(0, 1, 4, 2, 3).float(),     # (B, F, 3, H, W)
+                None if a is None else self.audio_out(a).transpose(1, 2).float())            # (B, 1, L)
+
+    def run(self, entry, v, a, emb, R):
+        for block in entry:
+            args = (v, a) if isinstance(block, Stem) else (v, a, next(R) if isinstance(block, CrossAttention) else emb)
+            if self.cfg.checkpoint and torch.is_grad_enabled():
+                v, a = checkpoint(block, *args, use_reentrant=False)
+            else:
+                v, a = block(*args)
+        return v, a
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Process: noise schedule, loss, samplers. A state x is a dict of its streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
+# ------------------------------------------------------------------------------------------------------------
+
+def mix(*terms):
+    """Linear combination of states: mix((c1, x1), (c2, x2), ...) = c1 x1 + c2 x2 + ... stream by stream."""
+    return {k: sum(c * x[k] for c, x in terms) for k in terms[0][1]}
+
+
+def unwrapped(model):
+    """The bare network inside the wrappers of DDP and torch.compile."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
+
+
+class Diffusion:
+    """Eq. 1-7: the linear schedule that video and audio share, the training loss, and the network as a noise predictor."""
+
+    def __init__(self, cfg):
+        T = cfg.diffusion_steps
+        self.T, self.streams, self.seed, self.predicts_v = T, cfg.streams, cfg.seed, cfg.prediction == "v"
+        self.betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+        self.abar = torch.cumprod(1 - self.betas, 0)                    # abar_t = alpha_1 ... alpha_t  (eq. 10)
+
+    def noise(self, keys, shapes, device):
+        """Every clip's noise level u in [0, 1) and noise, from its own key: the same however clips are split over processes."""
+        draw, us, eps = torch.Generator(device), [], {k: [] for k in shapes}
+        for key in keys.tolist():
+            draw.manual_seed(key)
+            us.append(torch.rand((), generator=draw, device=device))
+            for k, shape in shapes.items():
+                eps[k].append(torch.randn(shape, generator=draw, device=device))
+        return torch.stack(us), {k: torch.stack(e) for k, e in eps.items()}
+
+    def loss(self, model, batch):
+        """Eq. 7 for both streams, summed. batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1], key (B,), step.
+        -> loss, and eq. 7 with lambda = 1 per stream. A network that predicts v is trained with lambda(t) = 1 / abar_t,
+        which is the plain squared error of v. batch["u"], if there, fixes the noise levels."""
+        x0 = {k: batch[name] for k, name in (("v", "video"), ("a", "audio")) if k in self.streams}
+        device = batch["video"].device
+        u, eps = self.noise(batch["key"], {k: x.shape[1:] for k, x in x0.items()}, device)
+        t = (batch.get("u", u) * self.T).long()                                          # (B,) uniform in 0 .. T-1
+        abar = self.abar.to(device, torch.float32)[t]
+        signal, sigma = ({k: c.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()} for c in (abar, 1 - abar))
+        xt = {k: signal[k] * x0[k] + sigma[k] * eps[k] for k in x0}                      # eq. 5 iterated t times
+        draw = torch.Generator().manual_seed(data.clip_key(self.seed, f"shift {batch['step']}"))
+        shifts = unwrapped(model).draw_shifts(batch["video"].shape[1], draw).to(device)
+        out = dict(zip("va", model(xt.get("v"), xt.get("a"), t, shifts), strict=True))
+        target = {k: signal[k] * eps[k] - sigma[k] * x0[k] for k in x0} if self.predicts_v else eps
+        error = {k: (out[k].float() - target[k]).square().flatten(1).mean(1) for k in x0}             # (B,) each
+        loss = sum(e.mean() for e in error.values())
+        weight = abar if self.predicts_v else 1                      # |eps - eps'|^2 = abar |v - v'|^2
+        return loss, {name: (weight * error[k]).detach().mean() for k, name in (("v", "video"), ("a", "audio")) if k in x0}
+
+    def denoiser(self, model, draw):
+        """eps(x, t): the network's noise estimate for a state x at step t, a number. draw: generator of the random shifts."""
+        def eps(x, t):
+            first = next(iter(x.values()))
+            frames = x["v"].shape[1] if "v" in x else 1
+            steps = torch.full((first.shape[0],), t, device=first.device)
+            out = model(x.get("v"), x.get("a"), steps, model.draw_shifts(frames, draw).to(first.device))
+            out = {k: o for k, o in zip("va", out, strict=True) if o is not None}
+            abar = float(self.abar[int(t)])
+            return mix((math.sqrt(abar), out), (math.sqrt(1 - abar), x)) if self.predicts_v else out
+        return eps
+
+
+def clean(x, eps, abar):
+    """x_0 estimate of both streams from a noise estimate, clamped to [-1, 1]."""
+    return {k: v.clamp(-1, 1) for k, v in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
+
+
+def ddpm(eps_fn, x, process, noise_like, steps=None):
+    """Ancestral sampling, eq. 3-6, variance beta_t: always T network calls. noise_like(tensor) draws normal noise."""
+    abars = process.abar.tolist()
+    for t in reversed(range(process.T)):
+        abar, before, beta = abars[t], abars[t - 1] if t else 1.0, float(process.betas[t])
+        x0 = clean(x, eps_fn(x, t), abar)
+        x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
+        if t:
+            x = {k: v + beta ** 0.5 * noise_like(v) for k, v in x.items()}
+    return x
+
+
+def ddim(eps_fn, x, process, noise_like, steps=25):
+    """Deterministic DDIM (eta = 0) on `steps` evenly spaced steps."""
+    times = [i * process.T // steps for i in range(steps)]
+    for i in reversed(range(steps)):
+        abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
+        x0 = clean(x, eps_fn(x, times[i]), abar)
+        eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))   # what the clamped x_0 implies
+        x = mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
+    return x
+
+
+class DPMSolver:
+    """DPM-Solver and DPM-Solver++ (Lu et al. 2022): the probability-flow ODE in lambda = log(alpha / sigma), half the log
+    signal-to-noise ratio, where its linear part is solved exactly. All coefficients are Python floats."""
+
+    def __init__(self, eps_fn, abar, x0=True, threshold=None):
+        """x0: integrate the x_0 estimate (++), else the noise estimate. threshold: "clamp" x_0 to [-1, 1], or "dynamic":
+        to its own 99.5 % quantile of absolute values where that is above 1, then divide by it (Imagen)."""
+        self.eps_fn, self.x0, self.threshold, self.T = eps_fn, x0, threshold, len(abar)
+        self.log_alpha = 0.5 * abar.float().log().double().numpy()
+        self.times = (np.arange(self.T) + 1) / self.T
+        self.first, self.last = self.lam(1.0), self.lam(1 / self.T)
+
+    def lam(self, t):
+        log_alpha = np.interp(t, self.times, self.log_alpha)
+        return float(log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha)))
+
+    def at(self, lam):
+        """lambda -> alpha, sigma and time in [1/T, 1]; log alpha is piecewise linear in time."""
+        log_alpha = -0.5 * np.logaddexp(0, -2 * lam)
+        t = np.interp(-log_alpha, -self.log_alpha, self.times)
+        return float(np.exp(log_alpha)), float(np.sqrt(-np.expm1(2 * log_alpha))), float(t)
+
+    def estimate(self, x, lam):
+        """The network at lambda: noise, or the thresholded x_0."""
+        alpha, sigma, t = self.at(lam)
+        eps = self.eps_fn(x, max(int((t - 1 / self.T) * self.T), 0))           # the released code truncates, and so do we
+        if not self.x0:
+            return eps
+        x0 = mix((1 / alpha, x), (-sigma / alpha, eps))
+        if self.threshold == "clamp":
+            return {k: v.clamp(-1, 1) for k, v in x0.items()}
+        return {k: dynamic_threshold(v) for k, v in x0.items()} if self.threshold == "dynamic" else x0
+
+    def coefficients(self, s, t):
+        """A and B of the exponential integrator from lambda s to t: x_t = A x_s - B m + higher orders."""
+        (alpha_s, sigma_s, _), (alpha_t, sigma_t, _) = self.at(s), self.at(t)
+        if self.x0:
+            return sigma_t / sigma_s, alpha_t * math.expm1(s - t)
+        return alpha_t / alpha_s, sigma_t * math.expm1(t - s)
+
+    def order1(self, x, m, s, t):
+        A, B = self.coefficients(s, t)
+        return mix((A, x), (-B, m))
+
+    def order2(self, x, m, s, t, r=0.5, m1=None):
+        """r: where between s and t the second estimate m1 lies (a negative r: an earlier one)."""
+        if m1 is None:
+            mid = s + r * (t - s)
+            m1 = self.estimate(self.order1(x, m, s, mid), mid)
+        A, B = self.coefficients(s, t)
+        return mix((A, x), (-B, m), (-B / (2 * r), mix((1, m1), (-1, m))))
+
+    def order3(self, x, m, s, t, r1, r2):
+        """Singlestep third order for the noise estimate."""
+        h, s1, s2 = t - s, s + r1 * (t - s), s + r2 * (t - s)
+        m1 = self.estimate(self.order1(x, m, s, s1), s1)
+        A, B = self.coefficients(s, s2)
+        c = r2 / r1 * self.at(s2)[1] * (math.expm1(r2 * h) / (r2 * h) - 1)
+        m2 = self.estimate(mix((A, x), (c - B, m), (-c, m1)), s2)
+        A, B = self.coefficients(s, t)
+        c = self.at(t)[1] * (math.expm1(h) / h - 1) / r2
+        return mix((A, x), (c - B, m), (-c, m2))
+
+    def multistep(self, x, steps, spacing="lambda"):
+        """2M: second order from the two latest estimates, one network call per step; the first step is of order 1.
+        spacing: steps evenly spaced in "lambda" or in "time"."""
+        nodes = np.linspace(self.first, self.last, steps + 1).tolist()
+        if spacing == "time":
+            nodes = [self.lam(t) for t in np.linspace(1, 1 / self.T, steps + 1)]
+        before = None
+        for i in range(steps):
+            s, t, m = nodes[i], nodes[i + 1], self.estimate(x, nodes[i])
+            x = self.order1(x, m, s, t) if i == 0 else self.order2(x, m, s, t, (nodes[i - 1] - s) / (t - s), before)
+            before = m
+        return x
+
+    def singlestep3(self, x, steps):
+        """Steps of order 3 on nodes evenly spaced in lambda, three calls each; a last one of order 1 or 2 uses up `steps`."""
+        nodes = np.linspace(self.first, self.last, steps + 1).tolist()
+        for i in range(0, steps, 3):
+            s, t = nodes[i], nodes[min(i + 3, steps)]
+            m, r = self.estimate(x, s), [(node - s) / (t - s) for node in nodes[i + 1:i + 3]]
+            if i + 3 <= steps:
+                x = self.order3(x, m, s, t, *r)
+            else:
+                x = self.order2(x, m, s, t, r[0]) if steps - i == 2 else self.order1(x, m, s, t)
+        return x
+
+    def adaptive2(self, x, h=0.05, absolute=0.0078, relative=0.05, safety=0.9):
+        """Order 2 with an error estimate from order 1; the worst sample and stream set the step for all."""
+        s, lower_before, m = self.first, x, None
+        while abs(self.at(s)[2] - 1 / self.T) > 1e-5:
+            m, t = m or self.estimate(x, s), s + h
+            lower, higher = self.order1(x, m, s, t), self.order2(x, m, s, t)
+            error = 0.0
+            for k in x:
+                allowed = torch.maximum(lower[k].abs(), lower_before[k].abs()).mul(relative).clamp(min=absolute)
+                error = max(error, float(((higher[k] - lower[k]) / allowed).square().flatten(1).mean(1).sqrt().max()))
+            if error <= 1:
+                x, s, lower_before, m = higher, t, lower, None
+            h = min(safety * h * max(error, 1e-12) ** -0.5, self.last - s)
+        return x
+
+
+def dynamic_threshold(x, quantile=0.995):
+    limit = torch.quantile(x.flatten(1).abs().float(), quantile, dim=1).clamp(min=1).view(-1, *[1] * (x.dim() - 1))
+    return x.clamp(-limit, limit) / limit
+
+
+SAMPLERS = {
+    "dpm": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, threshold="clamp").multistep(x, steps),     # 2M, our default
+    "dpm3": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, x0=False).singlestep3(x, steps),           # released default
+    "dpm_adaptive": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, threshold="dynamic").adaptive2(x),
+    "ddim": ddim,
+    "ddpm": ddpm,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+
+def setup(cfg):
+    """Pick the device and, under torchrun, join the process group -> device."""
+    name = cfg.device
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    if name == "cuda" and "RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device(name)
+
+
+def amp_type(cfg, device):
+    """The autocast type, or None for float32."""
+    amp = cfg.amp
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def read_checkpoint(path, device="cpu"):
+    """A checkpoint's dict, or a bare state dict. Raises data.DataError when it is missing or not readable."""
+    if not Path(path).is_file():
+        raise data.DataError(f"There is no checkpoint {path}.")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                       # torch raises half a dozen kinds for damaged or foreign files
+        raise data.DataError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
+    if not isinstance(state, dict):
+        raise data.DataError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
+    return state
+
+
+def fill(model, state, path):
+    """Load a state dict strictly, of any float type. Raises data.DataError naming what does not fit."""
+    own = {k: p.shape for k, p in model.state_dict().items()}
+    wrong = [k for k in {**own, **state} if k not in own or own[k] != getattr(state.get(k), "shape", None)]
+    if wrong:
+        raise data.DataError(f"The weights in {path} are not for this network: {len(wrong)} names or shapes differ, "
+                             f"{wrong[0]} for one. Give the options that they were trained with.")
+    model.load_state_dict(state)
+
+
+# Options that may change when a run goes on; any other would make it another run.
+FREE = {"out", "steps", "amp", "compile", "device", "workers", "grad_accum", "checkpoint", "init_from", "log_every",
+        "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps"}
+
+
+def save(path, step, cfg, model, ema, optimizer, scaler):
+    """Write beside the old checkpoint, then rename: an interrupted save loses nothing."""
+    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "step": step, "cfg": dataclasses.asdict(cfg)}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def resume(path, cfg, model, ema, optimizer, scaler):
+    """Restore a run from its checkpoint -> the step to go on from; 0 where there is none. Raises data.DataError
+    for a file that is no run's checkpoint, or that of a run with other settings."""
+    if not path.exists():
+        return 0
+    state = read_checkpoint(path, next(model.parameters()).device)
+    if "optimizer" not in state:
+        raise data.DataError(f"{path} is no checkpoint of a run: move it away, or choose another --out.")
+    for k, new in dataclasses.asdict(cfg).items():
+        if k not in FREE and state["cfg"].get(k) != new:
+            raise data.DataError(f"{path} is of a run with --{k} {state['cfg'].get(k)}, not {new}: "
+                                 "choose another --out, or move it away.")
+    fill(model, state["model"], path)
+    fill(ema, state["ema"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def validate(model, loss_fn, batches, autocast, device):
+    """Mean loss parts and their sum on fixed clips and noise; each clip counts once per quartile of noise level."""
+    row, seen, total = {}, 0, sum(len(b["key"]) for b in batches)
+    with torch.no_grad():
+        for batch in batches:
+            batch, B = data.to_device(batch, device), len(batch["key"])
+            spread = (seen + torch.arange(B, device=device) + 0.5) / total               # (B,) in (0, 1)
+            seen += B
+            for quartile in range(4):
+                with autocast():
+                    _, parts = loss_fn(model, {**batch, "u": (quartile + spread) / 4})
+                loss = float(sum(parts.values()))
+                for k, x in {"val": loss / 4, **{f"val_{k}": float(x) / 4 for k, x in parts.items()},
+                             f"q{quartile + 1}": loss}.items():
+                    row[k] = row.get(k, 0) + x * B / total
+    return row
+
+
+def write_samples(out, step, video, audio, cfg):
+    """Every sampled clip as mp4 with sound (wav without video) and as film strip, in the run's folder."""
+    for i in range(len(audio if video is None else video)):
+        v, a = (None if x is None else x[i] for x in (video, audio))
+        path = out / "samples" / f"step{step:06d}_{i}"
+        data.save_clip(f"{path}.wav" if v is None else f"{path}.mp4", v, a, cfg.fps, cfg.rate)
+        data.film_strip(f"{path}.png", v, a, cfg.fps, cfg.rate)
+
+
+def write_row(path, row):
+    """Append to log.csv. The first row is a validation's and tells the names of the loss's parts."""
+    if not path.exists():
+        parts = [k[4:] for k in row if k.startswith("val_")]
+        path.write_text(",".join(["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]) + "\n")
+    columns = path.read_text().split("\n", 1)[0].split(",")
+    with open(path, "a") as f:
+        f.write(",".join(f"{row[k]:.6g}" if k in row else "" for k in columns) + "\n")
+
+
+def trim_log(path, step):
+    """Drop the rows after the checkpoint that a run goes on from."""
+    if path.exists():
+        first, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([first, *(r for r in rows if int(r.split(",")[0]) <= step)]) + "\n")
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, times a linear fall from lr to lr * lr_end."""
+    return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)) * (1 + (cfg.lr_end - 1) * step / cfg.steps)
+
+
+def fit(model, loss_fn, cfg, train, val, sample_fn=None):
+    """Train `model` to cfg.steps, going on from the checkpoint in cfg.out where there is one -> the EMA model.
+
+    loss_fn(model, batch) -> (loss, {name: part}) gets batches of `train` as data.to_device makes them, and those of
+    `val` with "u" (B,), the noise levels to use, in [0, 1). sample_fn(model) -> (video, audio) gets the EMA model.
+    The same command gives the same weights on 1 or more processes up to rounding (dropout apart), and the same to
+    the bit on the CPU after any interruption. Raises data.DataError for a checkpoint of another run.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, out, micro = next(model.parameters()).device, Path(cfg.out), cfg.batch_size // world // cfg.grad_accum
+    dtype = amp_type(cfg, device)
+    ema, parameters = copy.deepcopy(model).eval().requires_grad_(False), list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
+                                  fused=device.type in ("cuda", "cpu"))
+    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without the host asking the
+    # device. The other types need the second alone, at scale 1.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0,
+                                  enabled=device.type != "mps")
+    run = (cfg, model, ema, optimizer, scaler)
+    start = resume(out / "ckpt.pt", *run)
+    net = torch.compile(model) if cfg.compile else model
+    if dist.is_initialized():
+        net = nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+    val_set = data.val_batches(val, cfg.val_clips, micro) if rank == 0 and start < cfg.steps else []
+    bar = tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True)
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    def report(step, row):                           # rank 0: validate, log, save and sample when it is time
+        last = step == cfg.steps
+        if step % cfg.val_every == 0 or last:
+            row |= validate(ema, loss_fn, val_set, autocast, device)
+            parts = ", ".join(f"{k[4:]} {x:.4f}" for k, x in row.items() if k.startswith("val_"))
+            levels = " ".join(f"{row[q]:.3f}" for q in ("q1", "q2", "q3", "q4"))
+            bar.write(f"step {step}: validation loss {row['val']:.4f} ({parts}; by quartile of noise {levels})")
+        if row:
+            write_row(out / "log.csv", {"step": step, **row})
+        if step and (step % cfg.save_every == 0 or last):
+            save(out / "ckpt.pt", step, *run)
+        if sample_fn and step and (step % cfg.sample_every == 0 or last):
+            write_samples(out, step, *sample_fn(ema), cfg)
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        trim_log(out / "log.csv", start)
+        if start == 0:
+            report(0, {})
+    stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for s in old:                                    # note the first signal and finish the step; a second one kills
+        signal.signal(s, lambda number, _: (stopped.append(number), signal.signal(number, old[number])))
+    batches = data.loader(train, cfg.batch_size, start, cfg.steps, rank, world, cfg.workers, cfg.seed)
+    sums, skipped, streak, since, clock = 0, 0, 0, start, time.time()
+    for step, batch in enumerate(batches, start):
+        batch = data.to_device(batch, device)
+        torch.manual_seed(data.clip_key(cfg.seed, f"dropout {step} {rank}"))     # so no generator's state is saved
+        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        optimizer.zero_grad()
+        for i in range(cfg.grad_accum):
+            net.require_backward_grad_sync = i == cfg.grad_accum - 1             # DDP: average gradients once a step
+            part = {k: x if k == "step" else x[i * micro:(i + 1) * micro] for k, x in batch.items()}
+            with autocast():
+                loss, parts = loss_fn(net, part)
+            scaler.scale(loss / cfg.grad_accum).backward()
+            sums += torch.stack([loss.detach().float(), *parts.values()]) / cfg.grad_accum
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+        bad = (~norm.isfinite()).float()
+        skipped, streak = skipped + bad, (streak + 1) * bad
+        if device.type != "mps" or not bad:
+            scaler.step(optimizer)
+        scaler.update(None if dtype == torch.float16 else 1.0)
+        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        done, row, stop = step + 1, {}, world == 1 and bool(stopped)
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            counts = torch.stack([norm, skipped, streak, norm.new_tensor(len(stopped))])
+            values = torch.cat([sums / (done - since), counts])
+            if world > 1:
+                dist.all_reduce(values)
+            mean, *means, norm, total, in_a_row, signals = (values / world).tolist()
+            row = {"loss": mean, **dict(zip(parts, means, strict=True)), "grad": norm, "lr": learning_rate(cfg, step),
+                   "clips_per_s": (done - since) * cfg.batch_size / (time.time() - clock), "skipped": total}
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", *parts, "grad", "clips_per_s")}, refresh=False)
+            sums, since, clock, stop = 0, done, time.time(), stop or signals > 0
+            if in_a_row >= 50:
+                raise data.DataError(f"The gradients of the last {in_a_row:.0f} steps were not finite: start again "
+                                     "with a smaller --lr, with --clip 1 or with --amp off.")
+        bar.update()
+        if rank == 0:
+            report(done, row)
+            if stop and done < cfg.steps:
+                save(out / "ckpt.pt", done, *run)
+        if stop:
+            bar.close()
+            say(f"Stopped at step {done}: the same command goes on from there.")
+            sys.exit(0)
+    for s in old:
+        signal.signal(s, old[s])
+    bar.close()
+    return ema
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling and the command line
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
+           guidance=None, seed=0, sampler=None, batch_size=8):
+    """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
+    the model lacks.
+
+    sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or batch_size, for every
+    sampler but dpm_adaptive. Raises data.DataError for a condition: this model takes none.
+    """
+    for name, value in dict(prompt=prompt, negative_prompt=negative_prompt, label=label, guidance=guidance,
+                            video=video, audio=audio).items():
+        if value is not None:
+            raise data.DataError(f"MM-Diffusion generates without conditions: it takes no {name}.")
+    cfg, device, process = model.cfg, next(model.parameters()).device, Diffusion(model.cfg)
+    shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
+    out = {k: [] for k in shapes if k in cfg.streams}
+    for first in range(0, n, batch_size):
+        draws = [torch.Generator().manual_seed(data.clip_key(seed, i)) for i in range(first, min(first + batch_size, n))]
+
+        def normal(shape, draws=draws):              # on the CPU, so that every device starts from the same noise
+            return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
+
+        x = {k: normal(shapes[k]) for k in out}
+        eps_fn = process.denoiser(model, torch.Generator().manual_seed(seed))
+        x = SAMPLERS[sampler or cfg.sampler](eps_fn, x, process, lambda like, normal=normal: normal(like.shape[1:]),
+                                             steps or cfg.sample_steps)
+        for k in out:
+            out[k].append(x[k].float().cpu())
+    return (data.to_uint8(torch.cat(out["v"])) if "v" in out else None,
+            torch.cat(out["a"])[:, 0].clamp(-1, 1) if "a" in out else None)
+
+
+def load(path, device="cpu", options=()):
+    """A model ready to sample: from a checkpoint of ours (its EMA weights), or from a released state dict, which is
+    taken for the preset that has its names and shapes unless options (as on the command line) tell the sizes.
+    Raises data.DataError when the file is not readable or fits none."""
+    state = read_checkpoint(path)
+    if "cfg" in state:
+        cfg, state = Config(**state["cfg"]), state["ema"]
+    elif options:
+        cfg = parse(options)
+    else:
+        shapes = {k: getattr(p, "shape", None) for k, p in state.items()}
+        for preset in PRESETS:
+            cfg = parse(["--preset", preset])
+            with torch.device("meta"):
+                if shapes == {k: p.shape for k, p in CoupledUNet(cfg).state_dict().items()}:
+                    break
+        else:
+            raise data.DataError(f"{path} fits none of the presets: give the options that it was trained with.")
+    model = CoupledUNet(cfg)
+    fill(model, state, path)
+    return model.to(device).eval()
+
+
+def main(argv=None):
+    cfg = parse(argv)
+    try:
+        device = setup(cfg)
+        train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
+                      for split in ("train", "val"))
+        torch.manual_seed(cfg.seed)
+        model = CoupledUNet(cfg)
+        if cfg.init_from:
+            state = read_checkpoint(cfg.init_from)
+            fill(model, state.get("ema", state), cfg.init_from)
+        model = model.to(device)
+        say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
+        fit(model, Diffusion(cfg).loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, seed=cfg.seed))
+    except data.DataError as error:
+        die(f"mm_diffusion.py: {error}")
+    say(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
+
+
+if __name__ == "__main__":
+    main()
