@@ -1,456 +1,500 @@
-"""Clips for nanoAV: a built-in data set, your own videos, the loader, and reading and writing a clip with its sound.
+"""Clips for nanoAV: a built-in data set, your own videos, the loader, and clips with sound in and out.
 
-A clip is `frames` square pictures at `fps` and the `frames * rate // fps` mono samples of exactly the same time: frame k
-is shown while samples [k * rate / fps, (k + 1) * rate / fps) are heard. Everywhere in nanoAV a clip is a dict with
+A clip is a dict: video uint8 (F, H, W, 3); audio float32 (L,), mono in [-1, 1], the L = F * rate // fps
+samples of exactly the same time; label, an index into dataset.labels; caption.
 
-    video    uint8   (F, H, W, 3)   0 ... 255, RGB             label    int, index into dataset.labels
-    audio    float32 (L,)           -1 ... 1                   caption  str
-
-    python data.py preview toy                        # some clips of the built-in data set, as mp4 and one picture
-    python data.py prepare FOLDER --name concerts     # a folder of videos -> datasets/concerts
-    python mm_diffusion.py --data concerts            # train on it
-
-Every file is decoded once, by the ffmpeg binary that imageio-ffmpeg bundles; training only reads memory-mapped arrays.
-All randomness is a function of (seed, clip number), so a run can stop anywhere, go on with another number of workers
-or processes, and see the same clips.
+    python data.py preview toy                       # some clips of a data set, and one picture of them all
+    python data.py prepare FOLDER --name concerts    # a folder of videos -> datasets/concerts
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from math import tau
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import imageio
+import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 
-ROOT = Path("datasets")                                # prepared sets live here, in the folder you run from
-VIDEO_FILES = set(".3gp .avi .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split())
+ROOT = Path("datasets")  # prepared data sets, in the folder you run from
 
 
-class DataError(Exception):
-    """Something the user can mend. The message is one sentence: what is wrong and what to do."""
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence: what is wrong and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The built-in data set: five scenes in which the sound is caused by what is seen.
-# Lengths are fractions of the frame and times are seconds, so any size, fps and rate show and sound the same clip.
+# ---- Toy ---------------------------------------------------------------------------------------------------
+# Five scenes whose sound is caused by what is seen; in frame heights and seconds, so alike at any size.
 
 SCENES = ("bounce", "collide", "glide", "pulse", "rain")
-PERIODS = {"bounce": (0.45, 0.8), "collide": (0.5, 0.9), "glide": (1.2, 2.4), "pulse": (0.6, 1.2), "rain": (0.8, 1.5)}
-CAPTIONS = {"bounce": "a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing impacts",
-            "collide": "two {size} {color} blocks colliding {tempo} on {back}, {pitch} knocks",
-            "glide": "a {size} {color} disc gliding {tempo} on {back}, the tone follows its height",
-            "pulse": "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
-            "rain": "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss"}
+CAPTIONS = ("a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing impacts",
+            "two {size} {color} blocks colliding {tempo} on {back}, {pitch} knocks",
+            "a {size} {color} disc gliding {tempo} on {back}, the tone follows its height",
+            "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
+            "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss")
+PERIODS = (0.45, 0.8), (0.5, 0.9), (1.2, 2.4), (0.6, 1.2), (0.8, 1.5)  # s; at least one event in 1.6 s
 COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255),
           "yellow": (250, 220, 40), "magenta": (230, 60, 220), "cyan": (40, 215, 235)}
 BACKS = {"black": (8, 8, 8), "navy": (14, 16, 56), "gray": (52, 52, 52)}
-SIZES = {"small": 0.10, "medium": 0.14, "large": 0.18}  # radius
-FLASH = 80                                              # gray levels the background gains in the frame of an impact
-HARMONICS = (1, 2, 3), (0.6, 0.3, 0.15)                 # frequency ratios and amplitudes of a sung tone
-KNOCK = (1, 1.7, 2.9), (0.6, 0.4, 0.25)                 # inharmonic: wood rather than string
-TWO_PI = 2 * np.pi
+SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.21))  # (ratio, amplitude)
 
 
 def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
-    """Clip number `index` of the endless data set `seed`.
-
-    Returns a clip with two more entries: "label" indexes SCENES, and "events" (float32, seconds) are the moments when
-    something happens in both streams: impacts (bounce, collide), turning points of the height (glide), moments of
-    greatest radius (pulse) or density (rain). Clips of 1.6 s and longer have at least one. The frame during which an
-    impact falls shows the instant of contact on a flashing background; other frames show the middle of their interval.
-    """
+    """Clip `index` of the endless data set `seed`. "label" is an index into SCENES; "events" (float32, s) are
+    moments that both streams mark: impacts (bounce, collide), turning points (glide), greatest radius (pulse)
+    or density (rain). The frame of an impact shows it on a brighter background, other frames their middle."""
     rng = np.random.default_rng([seed, index])
-    scene = scenes[index % len(scenes)]                 # in turn, so that every batch is balanced
+    label = SCENES.index(scenes[index % len(scenes)])  # in turn, which balances the batches
     color, back, which = rng.choice(list(COLORS)), rng.choice(list(BACKS)), rng.integers(3)
-    low, high = PERIODS[scene]
-    period = rng.uniform(low, high)
-    radius = list(SIZES.values())[which] * rng.uniform(0.92, 1.08)
-    t = (np.arange(frames) + 0.5) / fps                 # (F,) what each frame shows
-    ta = np.arange(frames * rate // fps) / rate         # (L,)
-
-    make = {"bounce": _bounce, "collide": _collide, "glide": _glide, "pulse": _pulse, "rain": _rain}[scene]
-    # Small things sound high: 900, 545 and 370 Hz.
-    mask, audio, events = make(rng, t, ta, fps, rate, size, radius, 900 * (0.1 / radius) ** 1.5, period)
+    radius, (low, high) = (0.10, 0.14, 0.18)[which] * rng.uniform(0.92, 1.08), PERIODS[label]
+    period, pitch = rng.uniform(low, high), 900 * (0.1 / radius) ** 1.5  # Hz: small things sound high
+    mask, audio, events = _scene(SCENES[label], rng, radius, pitch, period, frames, size, fps, rate)
     events = events[(events >= 0) & (events < frames / fps)]
-    base = np.tile(np.float32(BACKS[back]), (frames, 1))                            # (F, 3)
-    if scene in ("bounce", "collide"):
-        base[(events * fps).astype(int)] += FLASH
+    ground = np.tile(np.float32(BACKS[back]), (frames, 1))  # (F, 3)
+    ground[(events * fps).astype(int)] += 80 * (label < 2)  # a flash at each impact (bounce, collide)
     video = np.empty((frames, size, size, 3), np.uint8)
-    for c, ink in enumerate(COLORS[color]):             # channel by channel is three times as fast as broadcasting
-        b = base[:, c, None, None]
-        video[..., c] = b + mask * (np.float32(ink) - b) + 0.5
-    words = {"size": list(SIZES)[which], "color": color, "back": back, "pitch": ("high", "middle", "low")[which],
-             "tempo": "quickly" if period < (low + high) / 2 else "slowly"}
-    return {"video": video, "audio": audio.astype(np.float32), "label": SCENES.index(scene),
-            "caption": CAPTIONS[scene].format(**words), "events": events.astype(np.float32)}
+    for c in range(3):  # one channel at a time is three times as fast as broadcasting over a last axis of 3
+        b = ground[:, c, None, None]
+        video[..., c] = b + mask * (np.float32(COLORS[color][c]) - b) + np.float32(0.5)
+    words = {"size": ("small", "medium", "large")[which], "pitch": ("high", "middle", "low")[which],
+             "color": color, "back": back, "tempo": "quickly" if period < (low + high) / 2 else "slowly"}
+    return {"video": video, "audio": audio.astype(np.float32), "label": label,
+            "caption": CAPTIONS[label].format(**words), "events": events.astype(np.float32)}
 
 
-def _bounce(rng, t, ta, fps, rate, size, r, pitch, period):
-    """A ball under gravity between the floor and two walls; every contact rings."""
-    first, u0, speed, width = rng.uniform(0, period), rng.uniform(0, 2), rng.uniform(0.15, 0.4), 1 - 2 * r
-    floor = first + period * np.arange(-1, ta[-1] / period + 1)
-    # Horizontally the ball moves on the unfolded line u = u0 + speed t / width and hits a wall at every whole u.
-    walls = (np.arange(np.floor(u0), u0 + ta[-1] * speed / width + 1) - u0) * width / speed
-    events = np.sort(np.concatenate([floor, walls]))
-    t = _show_contacts(t, events, fps)
-    x = r + width * (1 - abs((u0 + speed * t / width) % 2 - 1))
-    s = (t - first) / period % 1                        # 0 ... 1 within one hop
-    height = 7.2 * period ** 2 / 2 * s * (1 - s)        # g = 7.2 frame heights per s^2
-    return _disc(x, 1 - r - height, r, size), 0.95 * _strike(ta, events, pitch, *HARMONICS, decay=0.15), events
+def _scene(name, rng, r, pitch, period, frames, size, fps, rate):
+    """Coverage of the objects (F, H, W) in 0 ... 1, audio (L,), and event times, some outside the clip."""
+    t, ta, end = (np.arange(frames) + 0.5) / fps, np.arange(frames * rate // fps) / rate, frames / fps
+    grid, (phase, drift) = (np.arange(size) + 0.5) / size, rng.uniform(0, 1, 2)
+    beats = period * (np.arange(end / period + 2) - phase)  # the first is before 0
+    contacts = beats[(beats >= 0) & (beats < end) & (name in ("bounce", "collide"))]
+    t[(contacts * fps).astype(int)] = contacts
+    cycle, cycle_a = t / period + phase, np.float32(ta / period + phase)  # whole at the beats
+    swing, swing_a = 0.5 + 0.5 * np.cos(tau * cycle), 0.5 + 0.5 * np.cos(tau * cycle_a)  # 1 at the beats
+    wander, (x, y) = 0.5 + 0.28 * np.sin(tau * (t / 2.5 + drift)), rng.uniform(0.4, 0.6, 2)
+
+    def cover(inside):  # how far a pixel's center is inside a shape -> its anti-aliased coverage 0 ... 1
+        return np.clip(np.asarray(inside, np.float32) * np.float32(size) + np.float32(0.5), 0, 1)
+
+    def disc(x, y, r):  # at x, y (F,) with radius r, a number or (F,)
+        dx, dy = (np.square(grid - c[:, None], dtype=np.float32) for c in (x, y))  # (F, W), (F, H)
+        return cover(np.reshape(np.float32(r), (-1, 1, 1)) - np.sqrt(dy[:, :, None] + dx[:, None]))
+
+    if name == "bounce":  # under gravity, 7.2 frame heights/s^2; every impact on the floor rings
+        y = 1 - r - 3.6 * period**2 * (cycle % 1) * (1 - cycle % 1)
+        return disc(wander, y, r), 0.95 * _strike(ta, beats, pitch, SUNG, 0.15), beats
+    if name == "collide":  # the gap |sin| is sharp where two blocks meet and knock, smooth where they turn
+        half, gap = 0.8 * r, (0.4 - 1.6 * r) * abs(np.sin(np.pi * cycle[:, None]))
+        mask = cover(half - abs(abs(grid - x) - half - gap))[:, None] * cover(half - abs(grid - y))[:, None]
+        return mask, 0.95 * _strike(ta, beats, pitch, KNOCK, 0.1), beats
+    if name == "glide":  # a disc wanders; the pitch follows its height, 1.4 octaves from 290 Hz
+        tone, turns = 0.38 * _tone(290 * 2 ** (1.4 * swing_a), rate), [beats, beats + period / 2]
+        return disc(wander, 0.78 - 0.56 * swing, r), tone, np.sort(np.concatenate(turns))
+    if name == "pulse":  # a disc swells and shrinks; the loudness follows its radius
+        tone = (0.04 + 0.7 * swing_a**1.5) * _tone(np.full_like(ta, pitch), rate)
+        return disc(x + 0 * t, y + 0 * t, r * (0.65 + 1.3 * swing)), tone, beats
+    n, length, width = 14, 0.9 * r, 0.18 * r  # rain: the streaks seen and the hiss follow a density
+    x, y, rank = (rng.permutation(n) + 0.5) / n, rng.uniform(0, 1, n), (np.arange(n) + 0.5) / n
+    y = (y + 1.2 * t[:, None]) % (1 + 2 * length) - length  # (F, n)
+    seen = np.clip((1.2 * swing[:, None] - rank) / 0.2, 0, 1).astype(np.float32)  # (F, n) opacity
+    down = cover(length - abs(grid[:, None] - y[:, None])) * seen[:, None]  # (F, H, n)
+    mask = np.minimum(down @ cover(width - abs(x[:, None] - grid)), 1)  # (F, H, W)
+    # Two seconds of noise half an octave around 1.6 pitch, from its spectrum: the same wave at any rate.
+    f, angle = np.arange(1, 7200) / 2, rng.uniform(0, tau, 7199).astype(np.float32)  # Hz, fits 8 kHz
+    level = np.exp(-2 * np.log2(f / (1.6 * pitch)) ** 2)
+    spectrum = np.concatenate([[0], level * (np.cos(angle) + 1j * np.sin(angle))])[:rate]
+    noise = np.fft.irfft(spectrum, 2 * rate) * rate * np.sqrt(2 / (level @ level))  # RMS 1
+    return mask, np.clip((0.03 + 0.27 * swing_a) * np.resize(noise, len(ta)), -0.99, 0.99), beats
 
 
-def _collide(rng, t, ta, fps, rate, size, r, pitch, period):
-    """Two blocks meet, knock, and part again; the gap |sin| is sharp where they meet and smooth where they turn."""
-    first, x, y = rng.uniform(0, period), rng.uniform(0.44, 0.56), rng.uniform(0.3, 0.7)
-    events = first + period * np.arange(-1, ta[-1] / period + 1)
-    t = _show_contacts(t, events, fps)
-    half = 0.8 * r                                      # half a block's side
-    reach = half + (0.43 - 2 * half) * abs(np.sin(np.pi * (t - first) / period))    # (F,) from the meeting point
-    mask = np.maximum(_block(x - reach, y, half, size), _block(x + reach, y, half, size))
-    return mask, 0.82 * _strike(ta, events, pitch, *KNOCK, decay=0.1), events
-
-
-def _glide(rng, t, ta, fps, rate, size, r, pitch, period):
-    """A disc wanders; the pitch of a steady tone follows its height, 2.5 octaves per frame height from 200 Hz."""
-    phase, phase_x = rng.uniform(0, 1, 2)
-
-    def height(t):
-        return 0.5 + 0.28 * np.sin(TWO_PI * (t / period + phase))
-
-    x = 0.5 + 0.28 * np.sin(TWO_PI * (t / (1.6 * period) + phase_x))
-    events = period * (np.arange(-1, 2 * ta[-1] / period + 3) / 2 + 0.25 - phase)
-    return _disc(x, 1 - height(t), r, size), 0.38 * _tone(200 * 2 ** (2.5 * height(ta)), rate), events
-
-
-def _pulse(rng, t, ta, fps, rate, size, r, pitch, period):
-    """A disc swells and shrinks; the loudness of a steady tone follows its radius."""
-    phase, x, y = rng.uniform(0, 1), rng.uniform(0.38, 0.62), rng.uniform(0.38, 0.62)
-
-    def swell(t):                                       # -1 ... 1
-        return np.sin(TWO_PI * (t / period + phase))
-
-    events = period * (np.arange(0, ta[-1] / period + 2) + 0.25 - phase)
-    loudness = 0.04 + 0.8 * (0.5 + 0.5 * swell(ta)) ** 1.5
-    return (_disc(np.full_like(t, x), np.full_like(t, y), 1.3 * r * (1 + 0.5 * swell(t)), size),
-            loudness * _tone(np.full_like(ta, pitch), rate), events)
-
-
-def _rain(rng, t, ta, fps, rate, size, r, pitch, period):
-    """Streaks fall at one speed; how many are seen, and how loud the hiss is, follows the density."""
-    n, phase = 14, rng.uniform(0, 1)
-    x, y0, rank = (rng.permutation(n) + 0.5) / n, rng.uniform(0, 1, n), (np.arange(n) + 0.5) / n
-    length, width = 0.9 * r, 0.18 * r                   # half lengths; width stays under the columns' distance
-
-    def density(t):                                     # 0 ... 1
-        return 0.5 + 0.5 * np.sin(TWO_PI * (t / period + phase))
-
-    span = 1 + 2 * length
-    y = (y0 + 1.2 * t[:, None]) % span - length                                     # (F, n)
-    seen = np.clip((1.2 * density(t)[:, None] - rank) / 0.2, 0, 1)                  # (F, n) opacity
-    down = np.clip((length - abs(_grid(size)[:, None] - y[:, None])) * size + 0.5, 0, 1) * seen[:, None]    # (F, H, n)
-    across = np.clip((width - abs(x[:, None] - _grid(size))) * size + 0.5, 0, 1)    # (n, W)
-    mask = np.minimum(down.astype(np.float32) @ across.astype(np.float32), 1)       # (F, H, W)
-
-    # A two-second loop of noise made from its spectrum: the same wave at any rate. Half an octave around 1.6 pitch.
-    f = np.arange(1, 7200) / 2                          # Hz; the top, 3.6 kHz, is below the Nyquist frequency of 8 kHz
-    level, angle = np.exp(-2 * np.log2(f / (1.6 * pitch)) ** 2), rng.uniform(0, TWO_PI, len(f)).astype(np.float32)
-    keep = min(len(f), rate - 1)
-    spectrum = np.zeros(rate + 1, np.complex64)
-    spectrum[1:keep + 1] = (level * (np.cos(angle) + 1j * np.sin(angle)))[:keep]
-    noise = np.fft.irfft(spectrum, 2 * rate) * (rate * np.sqrt(2 / (level @ level)))                # RMS 1
-    events = period * (np.arange(0, ta[-1] / period + 2) + 0.25 - phase)
-    return mask, np.clip((0.03 + 0.27 * density(ta)) * np.resize(noise, len(ta)), -0.99, 0.99), events
-
-
-def _grid(size):
-    return (np.arange(size) + 0.5) / size               # pixel centers
-
-
-def _disc(x, y, r, size):
-    """Anti-aliased coverage 0 ... 1, float32 (F, H, W), of discs at x, y (F,) with radius r (scalar or (F,))."""
-    dx, dy = (np.square(_grid(size) - c[:, None], dtype=np.float32) for c in (x, y))                # (F, W), (F, H)
-    distance = np.sqrt(dy[:, :, None] + dx[:, None])
-    return np.clip((np.reshape(np.float32(r), (-1, 1, 1)) - distance) * np.float32(size) + np.float32(0.5), 0, 1)
-
-
-def _block(x, y, half, size):
-    """Coverage (F, H, W) of squares with half side `half` at x (F,), y."""
-    across = np.clip((half - abs(_grid(size) - x[:, None])) * size + 0.5, 0, 1).astype(np.float32)  # (F, W)
-    down = np.clip((half - abs(_grid(size) - y)) * size + 0.5, 0, 1).astype(np.float32)             # (H,)
-    return down[:, None] * across[:, None]
-
-
-def _show_contacts(t, events, fps):
-    """Frame times t (F,), where a frame during which an impact falls shows that instant instead of its middle."""
-    t = t.copy()
-    inside = events[(events >= 0) & (events < len(t) / fps)]
-    t[(inside * fps).astype(int)] = inside
-    return t
-
-
-def _strike(ta, events, pitch, ratios, levels, decay):
+def _strike(ta, events, pitch, partials, decay):
     """Something struck at `events` (sorted, the first before 0): each blow starts the decaying sound anew."""
-    audio = np.empty(len(ta), np.float32)
-    starts = np.searchsorted(ta, events).tolist() + [len(ta)]
-    for event, a, b in zip(events, starts, starts[1:]):
+    audio, starts = np.empty(len(ta), np.float32), [*np.searchsorted(ta, events), len(ta)]
+    for event, a, b in zip(events, starts, starts[1:]):  # noqa: B905  one more start than events
         since = (ta[a:b] - event).astype(np.float32)
-        partials = sum(level * np.sin(np.float32(TWO_PI * pitch * ratio) * since) for ratio, level in zip(ratios, levels))
-        audio[a:b] = partials * np.exp(since * np.float32(-1 / decay))
+        audio[a:b] = sum(level * np.sin(np.float32(pitch * ratio) * tau * since) for ratio, level in partials)
+        audio[a:b] *= np.exp(since * np.float32(-1 / decay))
     return audio
 
 
 def _tone(f, rate):
-    """A sung tone of frequency f (L,) in Hz. The phase is a running (trapezoidal) sum: no clicks, the same at any rate."""
-    cycles = (np.cumsum(f) - (f + f[0]) / 2) / rate
-    phase = (TWO_PI * (cycles - np.floor(cycles))).astype(np.float32)
-    return sum(np.float32(level) * np.sin(np.float32(ratio) * phase) for ratio, level in zip(*HARMONICS))
+    """A tone of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate."""
+    cycles = (np.cumsum(f, dtype=np.float64) - (f + f[0]) / 2) / rate
+    phase = tau * (cycles - np.floor(cycles)).astype(np.float32)
+    return sum(np.float32(level) * np.sin(np.float32(ratio) * phase) for ratio, level in SUNG)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets and the loader
-
-
-VAL_START, VAL_CLIPS = 2 ** 40, 1024                    # toy clips from 2^40 on are for validation
-
-
+# ---- Data sets and batches ---------------------------------------------------------------------------------
 class ToyClips(torch.utils.data.Dataset):
-    """The built-in data set. An endless train split (its len is where the numbers end), 1024 validation clips."""
+    """toy_clip as a data set: val is 1024 clips from number 2^40 on, train is all numbers before."""
     labels = list(SCENES)
 
-    def __init__(self, scenes, split, frames, size, fps, rate, seed):
-        self.scenes, self.split, self.args, self.seed = scenes, split, (frames, size, fps, rate), seed
+    def __init__(self, scenes, val, frames, size, fps, rate, seed):
+        self.numbers = range(2**40, 2**40 + 1024) if val else range(2**40)
+        self.seed, self.args = seed, (frames, size, fps, rate, scenes)
 
     def __len__(self):
-        return VAL_CLIPS if self.split == "val" else VAL_START
+        return len(self.numbers)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return toy_clip(self.seed, i + VAL_START * (self.split == "val"), *self.args, self.scenes)
+        return toy_clip(self.seed, self.numbers[i], *self.args)
+
+
+class PreparedClips(torch.utils.data.Dataset):
+    """Windows of the segments in datasets/NAME: disjoint ones in order (val), random ones (train). len()
+    counts the disjoint ones. Files are mapped when a clip is read, so none stays open."""
+
+    def __init__(self, name, val, frames, size, fps, rate, seed):
+        self.folder, self.val, self.seed, self.kind = ROOT / name, val, seed, (frames, size, rate)
+        if not (self.folder / "meta.json").is_file():
+            there = ", ".join(sorted(p.parent.name for p in ROOT.glob("*/meta.json")))
+            raise UserError(f"There is no data set '{name}' in {ROOT}/: make it with `python data.py prepare "
+                            f"FOLDER --name {name}`." + (f" There are: {there}." if there else ""))
+        self.meta = m = json.loads((self.folder / "meta.json").read_text())
+        if m["fps"] != fps or m["size"] % size or m["rate"] % rate:
+            raise UserError(f"{self.folder} has size {m['size']}, {m['fps']} fps, {m['rate']} Hz: run "
+                            f"`data.py prepare FOLDER --name NAME --size {size} --fps {fps} --rate {rate}`.")
+        clips = read_lines(self.folder, "clips*.jsonl", "shard").values()
+        self.labels, sources = sorted({c["label"] for c in clips}), {c["source"] for c in clips}
+        # If no file held out turned out to be good, another one takes its place.
+        held_out = {c["source"] for c in clips if c["split"] == "val"} or {max(sources, default="")}
+        self.clips = [c for c in clips if (c["source"] in held_out) == val and c["frames"] >= frames]
+        if not self.clips:
+            raise UserError(f"{self.folder} has no clips of {frames} frames for {'val' if val else 'train'}: "
+                            "prepare longer videos, and at least two files.")
+        counts = [c["frames"] - frames + 1 for c in self.clips]
+        self.windows = [(k, first) for k, n in enumerate(counts) for first in range(0, n, frames)]
+        self.ends = np.cumsum(counts)
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, i):
+        if self.val:
+            k, first = self.windows[i]
+        else:  # every window of every segment is equally likely
+            draw = np.random.default_rng([self.seed, i]).integers(self.ends[-1])
+            k = int(np.searchsorted(self.ends, draw, "right"))
+            first = int(self.ends[k] - 1 - draw)
+        c, (frames, size, rate), fps, stored = self.clips[k], self.kind, self.meta["fps"], self.meta["rate"]
+        zoom, skip = self.meta["size"] // size, stored // rate
+        path = f"{self.folder}/shards/{c['shard']}"
+        video = np.load(f"{path}.video.npy", mmap_mode="r")[first:first + frames]
+        if zoom > 1:  # area mean
+            video = video.reshape(frames, size, zoom, size, zoom, 3).mean((2, 4)).round()
+        audio = np.load(f"{path}.audio.npy", mmap_mode="r")[first * stored // fps:][:frames * stored // fps]
+        audio = audio / np.float32(32768)
+        if skip > 1:  # low-pass at 0.92 of the new Nyquist frequency; symmetric, so without delay
+            taps = np.sinc(np.arange(-24 * skip, 24 * skip + 1) * 0.92 / skip) * np.hanning(48 * skip + 1)
+            audio = np.convolve(np.pad(audio, 24 * skip, "reflect"), taps / taps.sum(), "valid")[::skip]
+        return {"video": np.array(video, np.uint8), "audio": np.float32(audio[:frames * rate // fps]),
+                "label": self.labels.index(c["label"]), "caption": c["caption"]}
 
 
 def open_dataset(name, split="train", frames=16, size=32, fps=10, rate=8000, seed=0):
-    """The split "train" or "val" of data set `name`: "toy", "toy:bounce,glide" (some scenes), or one in datasets/.
-
-    dataset[i] is a clip, a function of (seed, split, i) alone. Train: any i >= 0. Val: a fixed set, i < len(dataset).
-    Raises DataError when there is no such set, or when it cannot give clips of this length, size, fps and rate.
-    """
-    if split not in ("train", "val"):
-        raise DataError(f"There is no split '{split}': choose train or val.")
-    if name == "toy" or name.startswith("toy:"):
-        scenes = tuple(name[4:].split(",")) if name != "toy" else SCENES
-        for scene in scenes:
-            if scene not in SCENES:
-                raise DataError(f"There is no toy scene '{scene}': choose from {', '.join(SCENES)}.")
-        return ToyClips(scenes, split, frames, size, fps, rate, seed)
-    return PreparedClips(name, split, frames, size, fps, rate, seed)
+    """Split "train" or "val" of "toy", "toy:bounce,glide" (some scenes), or a set prepared in datasets/.
+    dataset[i] depends on (seed, split, i) only; train: any i >= 0, val: i < len(dataset). A prepared set also
+    gives any size and rate that divide its own. Raises UserError for an unknown name or unfit clips."""
+    toy, _, scenes = name.partition(":")
+    scenes = tuple(scenes.split(",")) if scenes else SCENES
+    if split not in ("train", "val") or not set(scenes) <= set(SCENES):
+        raise UserError(f"There is no '{split}' of '{name}': use train or val, and {', '.join(SCENES)}.")
+    kind, source = (ToyClips, scenes) if toy == "toy" else (PreparedClips, name)
+    return kind(source, split == "val", frames, size, fps, rate, seed)
 
 
 def clip_key(seed, number):
-    """A non-negative 63-bit hash of (seed, clip number): seeds the noise of a clip, whoever draws it."""
-    return int.from_bytes(hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest(), "little") >> 1
+    """A hash of both, 0 ... 2^60: seeds the noise of a clip, whichever process draws it."""
+    return int(hashlib.sha1(f"{seed} {number}".encode()).hexdigest()[:15], 16)
 
 
-def make_batch(dataset, numbers, step, seed):
-    """The batch of the clips `numbers`: tensors video (b, F, H, W, 3) uint8, audio (b, L) float32, label and key (b,)
-    int64; caption, a list of b strings; and step, an int."""
+def make_batch(dataset, seed, batch_size, numbers):
+    """The clips `numbers`: tensors video (b, F, H, W, 3) uint8, audio (b, L) float32, label (b,) and key (b,)
+    int64, which is clip_key(seed, number); caption, a list of str; and step, an int."""
     clips = [dataset[i] for i in numbers]
-    return {"video": torch.from_numpy(np.stack([c["video"] for c in clips])),
-            "audio": torch.from_numpy(np.stack([c["audio"] for c in clips])),
-            "label": torch.tensor([c["label"] for c in clips]), "caption": [c["caption"] for c in clips],
-            "key": torch.tensor([clip_key(seed, i) for i in numbers]), "step": step}
-
-
-class _Steps(torch.utils.data.Dataset):
-    """Item s is the whole batch of step s, so nothing depends on how many workers share the steps."""
-
-    def __init__(self, dataset, batch_size, rank, world, seed):
-        self.dataset, self.batch_size, self.rank, self.world, self.seed = dataset, batch_size, rank, world, seed
-
-    def __getitem__(self, step):
-        b = self.batch_size // self.world
-        first = step * self.batch_size + self.rank * b
-        return make_batch(self.dataset, range(first, first + b), step, self.seed)
+    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio")}
+    out |= {"label": torch.tensor([c["label"] for c in clips]), "caption": [c["caption"] for c in clips]}
+    return out | {"key": torch.tensor([clip_key(seed, i) for i in numbers]), "step": numbers[0] // batch_size}
 
 
 def loader(dataset, batch_size, first_step, last_step, rank=0, world=1, workers=0, seed=0):
-    """Iterate over the batches of steps first_step ... last_step - 1, prepared by `workers` processes (0: in this one).
-
-    Step s uses clips s * batch_size ... (s + 1) * batch_size - 1, where batch_size counts ALL processes; rank r gets
-    the r-th part of them. Content depends on (seed, step, rank, world) only. Dropping the iterator ends its workers.
-    Raises DataError when batch_size is not a multiple of world.
-    """
+    """Iterate over the batches of steps first_step ... last_step - 1, made by `workers` processes (0: this).
+    Step s is clips s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` gets the r-th part.
+    Dropping the iterator ends the workers. Raises UserError when batch_size is not a multiple of world."""
     if batch_size % world:
-        raise DataError(f"A batch of {batch_size} clips cannot be shared by {world} processes: use a multiple of {world}.")
-    options = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-    return iter(torch.utils.data.DataLoader(_Steps(dataset, batch_size, rank, world, seed), batch_size=None,
-                                            sampler=range(first_step, last_step), num_workers=workers,
-                                            pin_memory=torch.cuda.is_available(), **options))
+        raise UserError(f"{world} processes cannot share {batch_size} clips: use a multiple of {world}.")
+    b, end = batch_size // world, last_step * batch_size
+    # An item is the whole batch of a step, made from its clip numbers: the number of workers changes nothing.
+    parts = (slice(i, i + b) for i in range(first_step * batch_size + rank * b, end, batch_size))
+    make = functools.partial(make_batch, dataset, seed, batch_size)
+    return iter(torch.utils.data.DataLoader(range(end), sampler=parts, batch_size=None, collate_fn=make,
+                                            num_workers=workers, pin_memory=torch.cuda.is_available()))
 
 
 def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
-    """The list of batches over clips 0 ... n - 1 (fewer when the set has fewer), dealt to the ranks in turn, so that
-    the ranks together see each clip once. A batch holds batch_size // world clips as in training; the last may be smaller."""
+    """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn: together they
+    see each clip once. A rank's batch is batch_size // world clips; its last may be smaller."""
     mine, b = range(rank, min(n, len(dataset)), world), max(1, batch_size // world)
-    return [make_batch(dataset, mine[i:i + b], step, seed) for step, i in enumerate(range(0, len(mine), b))]
+    return [make_batch(dataset, seed, batch_size, mine[i:i + b]) for i in range(0, len(mine), b)]
 
 
 def to_device(batch, device):
-    """The batch on `device`, with video float (B, F, 3, H, W) in [-1, 1] and audio float (B, 1, L)."""
+    """The batch on `device`; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
     out = {k: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for k, x in batch.items()}
-    out["video"] = (out["video"].permute(0, 1, 4, 2, 3).float() / 127.5 - 1).contiguous()          # (B, F, 3, H, W)
-    out["audio"] = out["audio"].float()[:, None]                                                    # (B, 1, L)
-    return out
+    out["video"] = out["video"].permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1  # (B, F, 3, H, W)
+    return {**out, "audio": out["audio"].float()[:, None]}  # (B, 1, L)
 
 
 def to_uint8(video):
-    """Float (B, F, 3, H, W) in [-1, 1] (clamped) -> uint8 (B, F, H, W, 3), on the same device."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+    """Float (B, F, 3, H, W) in [-1, 1], clamped -> uint8 (B, F, H, W, 3) on the same device."""
+    return video.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 1, 3, 4, 2).contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips in and out
-
-
-def _numpy(x):
-    return x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
-
-
+# ---- Clips in and out --------------------------------------------------------------------------------------
 def save_clip(path, video, audio, fps, rate):
-    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264 + AAC, plays in a browser) or, without
-    video, as .wav. Either may be None, arrays or tensors. Sound is cut or zero-padded to F * rate // fps samples; an
-    odd height or width gains a copy of its last row or column. Raises DataError for another file ending.
-    """
-    path = Path(path)
-    ending = ".wav" if video is None else ".mp4"
-    if path.suffix.lower() != ending:
-        raise DataError(f"Cannot write {path}: {'sound alone' if video is None else 'video'} is written as {ending}.")
+    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264, AAC, for any browser), or .wav
+    when video is None; audio may be None too. Sound is cut or zero-padded to F * rate // fps samples; an odd
+    height or width gains a copy of its last line. Raises UserError for another file ending."""
+    path, ending = Path(path), ".wav" if video is None else ".mp4"
+    if path.suffix != ending:
+        raise UserError(f"Cannot write {path}: {'sound' if video is None else 'video'} must end in {ending}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as tmp:    # beside it, so that replace is atomic
-        wav, new = os.path.join(tmp, "audio.wav"), os.path.join(tmp, "new" + ending)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as tmp:  # one disk, atomic
+        # Players that ignore the edit list are 1024 samples late: 21 ms at 48 kHz, but 128 ms at 8 kHz.
+        options = ["-crf", "10", "-movflags", "+faststart", "-ar", "48000"]
+        new, wav, sound = f"{tmp}/new{ending}", f"{tmp}/new.wav", {}
         if audio is not None:
-            audio = np.clip(np.nan_to_num(_numpy(audio).reshape(-1).astype(np.float32)), -1, 1)
-            if video is not None:                       # ffmpeg would let a longer sound run on over the last frame
-                n = len(video) * rate // fps
-                audio = np.pad(audio[:n], (0, max(0, n - len(audio))))
-            soundfile.write(wav if video is not None else new, audio, rate, subtype="PCM_16")
+            sound = {"audio_path": wav, "audio_codec": "aac"}
+            audio = torch.as_tensor(audio).cpu().float().numpy()
+            n = audio.size if video is None else len(video) * rate // fps  # longer sound outlasts the frames
+            audio = np.pad(np.clip(audio.reshape(-1)[:n], -1, 1), (0, max(0, n - audio.size)))
+            soundfile.write(wav, audio, rate, subtype="PCM_16")
         if video is not None:
-            video = _numpy(video)
-            video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), "edge")
-            # 48 kHz, because a player that ignores the edit list plays 1024 samples late: 21 ms then, 128 ms at 8 kHz.
-            sound = {"audio_path": wav, "audio_codec": "aac"} if audio is not None else {}
-            options = ["-crf", "10", "-movflags", "+faststart"] + ["-ar", "48000"] * (audio is not None)
-            with imageio.get_writer(new, format="FFMPEG", fps=fps, codec="libx264", quality=None, macro_block_size=1,
-                                    pixelformat="yuv420p", output_params=options, ffmpeg_log_level="error", **sound) as out:
-                for frame in video:
-                    out.append_data(frame)
+            odd = [(0, n % 2 if axis in (1, 2) else 0) for axis, n in enumerate(video.shape)]
+            video = np.pad(torch.as_tensor(video).cpu().numpy(), odd, "edge")
+            imageio.mimwrite(new, video, format="FFMPEG", fps=fps, quality=None, macro_block_size=1,
+                             ffmpeg_log_level="error", output_params=options, **sound)
         os.replace(new, path)
 
 
-def _probe(path):
-    """(frames per second or None without video, whether there is sound), from what ffmpeg lists."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-i", f"file:{path}"]
-    text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr.decode(errors="replace")
-    streams = [line for line in text.splitlines() if line.strip().startswith("Stream #")]
-    videos = [line for line in streams if ": Video:" in line and "(attached pic)" not in line]
-    if not videos and not any(": Audio:" in line for line in streams):
-        raise DataError(f"Cannot read {path}: it is not a video or sound file that ffmpeg knows, or it is damaged.")
-    found = re.search(r"([\d.]+) fps", videos[0]) if videos else None
-    return (float(found[1]) if found else 30.0) if videos else None, any(": Audio:" in line for line in streams)
-
-
 def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
-    """The file from `start` on (all of it, or `seconds`), on one clock whose zero is `start`, by one run of ffmpeg.
-
-    Writes two raw files into folder tmp. Returns video (n, size, size, 3) uint8 or None, memory-mapped; audio (m,)
-    int16 or None; and ffmpeg's complaints, "" for a sound file. Lengths are what was really decoded, whatever the
-    header says. Raises DataError when ffmpeg cannot read the file.
-    """
-    source_fps, has_audio = _probe(path)
-    seek = max(0.0, start - 1)                          # a second early, cut off below: the exact frame, the exact sample
-    v, a = os.path.join(tmp, "v"), os.path.join(tmp, "a")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-y", "-loglevel", "error", "-ss", f"{seek:.6f}", "-i", f"file:{path}"]
-    limit = [] if seconds is None else ["-t", f"{start - seek + seconds + 1:.6f}"]
-    if source_fps:
-        # fps=round=up shows the LAST frame at each tick; half a source frame earlier makes that the NEAREST one.
-        # start_time=0 repeats the first frame where the video starts late. Then square pixels, fill the square, crop.
-        early = start - seek + 0.5 / source_fps
-        command += ["-map", "0:V:0", *limit, "-vf", f"setpts=PTS-{early:.6f}/TB,fps={fps}:round=up:start_time=0,"
-                    f"scale=iw*sar:ih,setsar=1,scale={size}:{size}:force_original_aspect_ratio=increase:flags=area,"
-                    f"crop={size}:{size}", "-pix_fmt", "rgb24", "-f", "rawvideo", v]
-    if has_audio:
-        # first_pts=0 keeps a late start of the sound as silence. Alone, sound starts at once: Vorbis files claim otherwise.
-        on_clock = ":async=1:first_pts=0" if source_fps else ""
-        command += ["-map", "0:a:0", *limit, "-af", f"aresample={rate}{on_clock}", "-ac", "1", "-f", "s16le", a]
-    # A session of its own: Ctrl-C must not reach ffmpeg, which would end early with a file that looks complete.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
-    complaints = done.stderr.decode(errors="replace").strip()
-    if done.returncode:
-        raise DataError(f"Cannot decode {path}: {complaints.splitlines()[-1] if complaints else 'ffmpeg failed'}.")
-    n = os.path.getsize(v) // (3 * size * size) if source_fps else 0
-    video = np.memmap(v, np.uint8, "r", shape=(n, size, size, 3)) if n else None
-    audio = np.fromfile(a, np.int16)[round((start - seek) * rate):] if has_audio else None
-    return video, audio, complaints
+    """What `path` holds from `start` seconds on (all, or about `seconds`), both streams on one clock: video
+    (n, size, size, 3) uint8, mapped to a file in folder tmp, or None; audio (m,) int16 or None; and ffmpeg's
+    complaints. Lengths are what was decoded, whatever the header says. Raises UserError if ffmpeg fails."""
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-y"]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    text = subprocess.run([*ffmpeg, "-i", f"file:{path}"], **options).stderr
+    has_audio = re.search(r"^ *Stream #.* Audio: ", text, re.M)
+    has_video = re.search(r"^ *Stream #.* Video: (?!.*attached pic).*?(?:([\d.]+) fps.*)?$", text, re.M)
+    seek = max(0.0, start - 1) if has_video else 0.0  # in Vorbis files it is not exact
+    v, a, lead = os.path.join(tmp, "v"), os.path.join(tmp, "a"), start - seek  # lead is decoded, then cut off
+    until = [] if seconds is None else ["-t", f"{lead + seconds + 1:.6f}"]
+    command = [*ffmpeg, "-loglevel", "error", "-ss", f"{seek:.6f}", "-i", f"file:{path}"]
+    if has_video:
+        # fps=round=up shows the LAST frame at each tick: half a source frame earlier, this is the NEAREST.
+        # start_time=0 repeats the first frame of a late video. Then: square pixels, fill the square, crop.
+        early = lead + 0.5 / float(has_video[1] or 30)
+        graph = (f"setpts=PTS-{early:.6f}/TB,fps={fps}:round=up:start_time=0,scale=iw*sar:ih,setsar=1,"
+                 f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area,crop={size}:{size}")
+        command += ["-map", "0:V:0", *until, "-vf", graph, "-pix_fmt", "rgb24", "-f", "rawvideo", v]
+    if has_audio:  # first_pts=0 turns a late start into silence, but would move Vorbis files, which claim one
+        late = ":async=1:first_pts=0" if has_video else ""
+        command += ["-map", "0:a:0", *until, "-af", f"aresample={rate}{late}", "-ac", "1", "-f", "s16le", a]
+    # In a session of its own: Ctrl-C must not reach ffmpeg, which would end with a file that looks complete.
+    run = subprocess.run(command, start_new_session=True, **options)
+    if run.returncode:
+        raise UserError(f"Cannot read {path}: {(run.stderr.splitlines() or ['ffmpeg failed'])[-1]}.")
+    n = os.path.getsize(v) // (3 * size * size) if has_video else 0
+    return (np.memmap(v, np.uint8, "r", shape=(n, size, size, 3)) if n else None,
+            np.fromfile(a, np.int16)[round(lead * rate):] if has_audio else None, run.stderr.strip())
 
 
 def load_clip(path, frames, size, fps, rate, start=0.0):
-    """`frames` frames from `start` seconds on and their sound, from any file ffmpeg reads.
-
-    Returns video uint8 (F, H, W, 3), center-cropped to a square, or None for a sound file; and audio float32 (L,) in
-    [-1, 1], mono, or None for a silent film. Raises DataError for a file that is missing, unreadable or too short.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"There is no file {path}.")
+    """`frames` frames from `start` seconds on and their sound, of any file ffmpeg reads: video uint8
+    (F, H, W, 3), center-cropped to a square, and audio float32 (L,), mono; None for a stream that it lacks.
+    Raises UserError when the file is missing, unreadable or too short."""
     length = frames * rate // fps
     with tempfile.TemporaryDirectory() as tmp:
         video, audio, _ = decode(path, tmp, size, fps, rate, start, frames / fps)
         video = None if video is None else np.array(video[:frames])
     audio = None if audio is None or not len(audio) else audio[:length].astype(np.float32) / 32768
     have = min([len(x) / n for x, n in ((video, frames), (audio, length)) if x is not None], default=0)
-    if have < (frames - 1) / frames:                    # codecs may lose up to a frame at the end; that is filled below
-        raise DataError(f"{path} is too short: it has {have * frames / fps:.2f} s from {start:g} s on, "
-                        f"and {frames / fps:.2f} s are needed.")
+    if have < 1 - 1 / frames:  # codecs lose up to a frame at the end: that much is filled in
+        raise UserError(f"{path} is too short: {frames / fps:g} s are needed from {start:g} s on.")
     if video is not None:
         video = np.pad(video, ((0, frames - len(video)), (0, 0), (0, 0), (0, 0)), "edge")
     return video, audio if audio is None else np.pad(audio, (0, length - len(audio)))
 
 
-def strip_image(video, audio, fps, rate, height=96):
-    """uint8 (rows, columns, 3): the frames in a row above the spectrogram on the same time axis, 0 Hz at the bottom.
-    Brightness is the level from -80 dB (dark) to that of a full-scale sine (yellow). Video or audio may be None."""
+def film_strip(path, video, audio, fps, rate):
+    """Write a PNG: the frames in a row above a spectrogram on the same time axis (96 rows, 0 Hz at the bottom
+    to rate / 2; dark is -80 dB, light yellow a full-scale sine). Video or audio may be None."""
     rows, columns = [], 1024
     if video is not None:
-        frames, h, w = _numpy(video).shape[:3]
-        scale = -(-64 // h) if h < 64 else min(1, 96 / h)                           # whole pixels when enlarged
-        y, x = (np.int64((np.arange(int(n * scale)) + 0.5) / scale) for n in (h, w))
-        tiles = _numpy(video)[:, y][:, :, x]                                        # (F, h, w, 3)
-        rows = [tiles.transpose(1, 0, 2, 3).reshape(len(y), -1, 3) & 0xF8, np.full((4, len(x) * frames, 3), 40, np.uint8)]
-        columns = len(x) * frames
+        video = torch.as_tensor(video).cpu().numpy()
+        scale = max(1, 64 // video.shape[1]) if video.shape[1] < 96 else 96 / video.shape[1]
+        y, x = (((np.arange(int(n * scale)) + 0.5) / scale).astype(int) for n in video.shape[1:3])
+        tiles, columns = video[:, y][:, :, x] & 0xF8, len(video) * len(x)  # fewer levels: a small file
+        rows = [tiles.transpose(1, 0, 2, 3).reshape(len(y), -1, 3), np.full((4, columns, 3), 40, np.uint8)]
     if audio is not None:
-        audio, n = _numpy(audio).reshape(-1).astype(np.float32), 2 ** round(np.log2(0.032 * rate))
-        at = ((np.arange(0, columns, 2) + 1) / columns * len(audio)).astype(int)    # window centers, one per 2 pixels
-        windows = np.pad(audio, n // 2 + 1)[at[:, None] + np.arange(n) + 1] * np.hanning(n)     # (columns / 2, n)
-        level = 20 * np.log10(np.abs(np.fft.rfft(windows)) * 4 / n + 1e-9)          # 0 dB: a sine of amplitude 1
-        level = level.T[::-1][np.linspace(0, n // 2, height).round().astype(int)]   # (height, columns / 2), top row = Nyquist
-        level = (np.clip(level / 80 + 1, 0, 1) * 31).round() / 31                   # few levels: a small file
+        audio, n = torch.as_tensor(audio).cpu().float().numpy().reshape(-1), 2 ** round(np.log2(0.032 * rate))
+        centers = ((np.arange(0, columns, 2) + 1) / columns * len(audio)).astype(int)
+        windows = np.pad(audio, n // 2)[centers[:, None] + np.arange(n)] * np.hanning(n)  # (columns / 2, n)
+        level = 20 * np.log10(abs(np.fft.rfft(windows)).T * 4 / n + 1e-9)  # 0 dB: a sine of amplitude 1
+        level = np.clip(level[np.linspace(n // 2, 0, 96).round().astype(int)] / 80 + 1, 0, 1)
         ramp = np.array([[6, 6, 20], [70, 15, 110], [190, 50, 90], [250, 140, 30], [255, 250, 160]])
-        color = np.stack([np.interp(level, np.linspace(0, 1, 5), c) for c in ramp.T], -1)
-        rows.append(np.repeat(color, 2, 1)[:, :columns].astype(np.uint8))
-    return np.concatenate(rows)
-
-
-def film_strip(path, video, audio, fps, rate):
-    """Write strip_image(...) as a PNG: what a clip looks and sounds like, at a glance."""
+        color = np.stack([np.interp((level * 31).round() / 31, np.linspace(0, 1, 5), c) for c in ramp.T], -1)
+        rows.append(np.repeat(color.astype(np.uint8), 2, 1)[:, :columns])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, strip_image(video, audio, fps, rate))
+    imageio.imwrite(path, np.concatenate(rows))
+
+
+# ---- Your videos -> datasets/NAME --------------------------------------------------------------------------
+# meta.json, clips.jsonl (a line per segment), files.jsonl (one per source),
+# shards/ (two .npy per segment: uint8 frames, int16 sound). Arrays appear whole, by os.replace, and the lines
+# of a source after them: an interrupted run leaves nothing broken, and the same command goes on.
+
+ENDINGS = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+SETTINGS = {"size": (64, "pixels"), "fps": (10, "frames per second"), "rate": (16000, "Hz"),
+            "segment": (34.0, "s, the unit of storage"), "skip_intro": (0.0, "s left out at the start"),
+            "min_seconds": (1.6, "s a segment must last"), "silence": (-60.0, "dBFS its RMS must reach"),
+            "stillness": (0.1, "gray levels, least mean change"), "val": (0.05, "share of files held out")}
+
+
+def read_lines(folder, pattern, key):
+    """{entry[key]: entry}, sorted, of the .jsonl files (each machine has its own), whatever a crash left."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob(pattern)))
+    entries = (json.loads(x) for x in text.splitlines() if x.endswith("}"))  # not a line cut short
+    return dict(sorted({e[key]: e for e in entries}.items()))
+
+
+def fault(video, audio, s):
+    """Why a segment is of no use under the SETTINGS s, or ""."""
+    if len(video) < max(2, s["min_seconds"] * s["fps"]):
+        return "too short"
+    if 20 * np.log10(np.sqrt(np.mean(np.square(audio / 32768))) + 1e-9) < s["silence"]:
+        return "silent"
+    some = video[:, ::-(-s["size"] // 32), ::-(-s["size"] // 32)].astype(np.int16)  # to save memory
+    return "still" if abs(np.diff(some, axis=0)).mean() < s["stillness"] else ""
+
+
+def prepare_file(folder, out, tmp, held_out, s, source):
+    """Decode a file once, cut it, write its good segments -> (lines for clips.jsonl, line for files.jsonl
+    with the "reason" why nothing was good, or "", and as "note" what ffmpeg complained of)."""
+    clips, faults, fps, rate, step = [], Counter(), s["fps"], s["rate"], round(s["segment"] * s["fps"])
+    with tempfile.TemporaryDirectory(dir=tmp, ignore_cleanup_errors=True) as work:
+        try:
+            video, audio, note = decode(folder / source, work, s["size"], fps, rate)
+            if video is None or audio is None:
+                return [], {"source": source, "reason": "no video" if video is None else "no audio"}
+            label, sidecar = Path(source).parent.name or "unlabeled", (folder / source).with_suffix(".txt")
+            words = sidecar.read_text(encoding="utf-8", errors="replace").split() if sidecar.is_file() else []
+            caption = " ".join(words) or f"a video of {label}".removesuffix(" of unlabeled")
+            # Trust what was decoded, not the header; the last second of a damaged file is often half decoded.
+            n = min(len(video), len(audio) * fps // rate) - (fps if note else 0)
+            for a in range(round(s["skip_intro"] * fps), n, step):
+                b, shard = min(n, a + step), f"{hashlib.sha1(source.encode()).hexdigest()[:16]}-{a:07d}"
+                parts = {"video": video[a:b], "audio": audio[a * rate // fps:][:(b - a) * rate // fps]}
+                if why := fault(parts["video"], parts["audio"], s):
+                    faults[why] += 1
+                    continue
+                for kind, array in parts.items():
+                    np.save(f"{work}/new.npy", array)
+                    os.replace(f"{work}/new.npy", out / "shards" / f"{shard}.{kind}.npy")
+                clips.append({"shard": shard, "source": source, "start": a / fps, "duration": (b - a) / fps,
+                              "frames": b - a, "label": label, "caption": caption,
+                              "split": "val" if source in held_out else "train"})
+        except Exception as error:  # whatever is wrong with one file, the run goes on
+            return [], {"source": source, "reason": "broken", "note": str(error).split("\n")[0]}
+    why = "" if clips else max(faults, key=faults.get, default="too short")
+    return clips, {"source": source, "reason": why, "note": note.split("\n")[0]}
+
+
+def prepare(folder, out, workers, part, parts, s):
+    """The command `prepare` for every parts-th file of `folder`, with SETTINGS s, into folder `out`."""
+    sources = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
+                     if p.suffix.lower() in ENDINGS and p.is_file() and not p.name.startswith("."))
+    if not sources:
+        raise UserError(f"There {'are no videos in' if folder.is_dir() else 'is no folder'} {folder}.")
+    meta, end = out / "meta.json", "" if parts == 1 else f"-{part}-of-{parts}"  # end: of files only we write
+    old = json.loads(meta.read_text()) if meta.is_file() else s
+    if changed := [f"--{k} {old.get(k)}" for k in s if old.get(k) != s[k]]:
+        raise UserError(f"{out} was made with {' '.join(changed)}: use that, another --name, or delete it.")
+    done, mine = read_lines(out, "files*.jsonl", "source"), sources[part::parts]
+    todo, hour = [x for x in mine if x not in done], 3600 * (s["fps"] * 3 * s["size"] ** 2 + s["rate"] * 2)
+    print(f"{len(mine)} files, {len(todo)} of them to do; an hour of video takes {hour / 1e6:.0f} MB.")
+    tmp = out / "shards" / f"tmp{end}"  # an interrupted run may have left its own
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    (tmp / "meta").write_text(json.dumps({**s, "ffmpeg": imageio_ffmpeg.get_ffmpeg_version()}))
+    os.replace(tmp / "meta", meta)
+    order = sorted(sources, key=lambda x: hashlib.sha1(x.encode()).digest())  # the same on all machines
+    held_out = set(order[:max(1, round(s["val"] * len(order)))])
+    job = functools.partial(prepare_file, folder, out, tmp, held_out, s)
+    with ThreadPool(workers) as pool:  # threads suffice: ffmpeg is a process of its own
+        for clips, line in tqdm(pool.imap_unordered(job, todo), total=len(todo), unit="file"):
+            for kind, lines in (("clips", clips), ("files", [line])):
+                with open(out / f"{kind}{end}.jsonl", "a", encoding="utf-8") as f:
+                    for x in lines:  # newline first: a line that a crash cut short stays one of its own
+                        f.write("\n" * (f.tell() > 0) + json.dumps(x))
+            done[line["source"]] = line
+            if line.get("note"):
+                tqdm.write(f"{line['source']}: {line['reason'] or 'damaged, kept in part'}: {line['note']}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    lines, clips = [done[x] for x in mine], read_lines(out, "clips*.jsonl", "shard").values()
+    table = Counter("files skipped: " + x["reason"] if x["reason"] else "files ok" for x in lines)
+    table.update({"clips": len(clips), "hours": round(sum(c["duration"] for c in clips) / 3600, 3)})
+    print("\n".join(f"{k:30}{n:>10}" for k, n in table.items()))
+
+
+def preview(name, n, out, size, fps, rate):
+    """Write n clips of a data set as mp4 and PNG, and all the PNGs in one, sheet.png."""
+    dataset, strips = open_dataset(name, "train", 16, size, fps, rate), []
+    for i, clip in enumerate(dataset[i] for i in range(n)):
+        path = out / f"{i:02d}-{dataset.labels[clip['label']]}"
+        save_clip(f"{path}.mp4", clip["video"], clip["audio"], fps, rate)
+        film_strip(f"{path}.png", clip["video"], clip["audio"], fps, rate)
+        strips.append(np.pad(imageio.imread(f"{path}.png"), ((0, 12), (0, 0), (0, 0))))
+        print(f"{path}.mp4  {clip['caption']}")
+    imageio.imwrite(out / "sheet.png", np.concatenate(strips))
+
+
+def main(argv=None):
+    options = {"name": ("", "of the data set to prepare"), "workers": (2, "files decoded at a time"),
+               "shard": ("0/1", "i/n: this is machine i of n that share the folder"),
+               "n": (10, "clips to preview"), "out": ("out/preview", "folder for them"), **SETTINGS}
+    parser = argparse.ArgumentParser(
+        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["preview", "prepare"])
+    parser.add_argument("what", help="set, or folder of videos: sub-folder = label, x.txt = caption of x.mp4")
+    for name, (default, text) in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} ({default})")
+    args = parser.parse_args(argv)
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    try:
+        if min(args.size, args.fps, args.rate, args.n, args.workers, args.segment * args.fps - 1) < 1:
+            raise UserError("--size, --fps, --rate, --n and --workers are at least 1, --segment two frames.")
+        if args.command == "preview":
+            return preview(args.what, args.n, Path(args.out), args.size, args.fps, args.rate)
+        if not args.name or not shard or int(shard[1]) >= int(shard[2]):
+            raise UserError("prepare needs --name NAME, and --shard must be i/n with i from 0 to n - 1.")
+        settings = {k: getattr(args, k) for k in SETTINGS}
+        prepare(Path(args.what), ROOT / args.name, args.workers, int(shard[1]), int(shard[2]), settings)
+    except (UserError, KeyboardInterrupt) as error:
+        raise SystemExit(f"data.py: {error}" if str(error) else "data.py: interrupted") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,36 @@
-"""MM-Diffusion: joint audio-video generation with a coupled U-Net (Ruan et al., CVPR 2023, arXiv:2212.09478)."""
+"""MM-Diffusion: a coupled U-Net that denoises video and audio together (Ruan et al. 2023, arXiv 2212.09478).
+
+Video and its sound are noised independently and denoised by one network of two U-Nets, one over pixels, one over the
+waveform, which look at each other by cross-attention inside a window of a few frames. The window is shifted at random
+in every call, so that over the many calls of sampling each frame meets all of the sound at a small cost per call.
+
+    noisy video (B, F, 3, H, W)              noisy audio (B, 1, L)              step t (B,)
+        | conv 2-D, then 1-D over time           | conv 1-D                         | sinusoids, MLP
+    v (B, F, H, W, C)                        a (B, L, C)                        emb (B, width)
+        |                                        |                                  |
+    [ MM-block: norm, SiLU, conv (2+1)-D ... norm, SiLU, dilated conv ... each FiLM'ed by emb, residual ]  x res_blocks
+    [ cross-attention: frame i <-> the L / F audio samples of frames i+R ... i+R+S-1           (eq. 8) ]
+        | H, W / 2                               | L / 4        ... down to the lowest scale, and back up with skips
+    predicted noise (B, F, 3, H, W)          predicted noise (B, 1, L)
+
+    python mm_diffusion.py                                    # toy: @TOYTIME@
+    torchrun --nproc_per_node=4 mm_diffusion.py --data concerts         # your videos, once `data.py prepare` has read them
+    python sample.py --model mm_diffusion                               # mp4, wav, film strips and a page of them
+
+Differs from the released code, on purpose: 1. the shift R is drawn once per call, the same in forward and backward,
+from a generator (there: again in backward, and from Python's global one). 2. Sampling is a function of the seed, any
+batch size works. 3. Its DPM-Solver's slip in the first-order audio step is mended. 4. No clip is mirrored. 5. Gradients
+of --grad_accum parts are averaged (there: summed). 6. "up" blocks work at the low resolution and copy at the end.
+The toy preset lets the network predict v (--prediction v), not the noise: coherent colors in minutes instead of hours.
+
+The paper is silent or at odds with its code on: 1. parameters: 115.13M in the text, 133,675,524 in the code, which we
+match; no reading of it gives the former. 2. Audio self-attention is said to be deleted, but stands in the middle
+blocks; so does a cross-attention over the whole clip, for windows 1,4,8 only. 3. 64 channels a head hold for
+cross-attention; self-attention has 4 heads. 4. Dilations run 2, 4, ... 512, 1, 2, ..., not 1 ... 2^10. 5. The block's
+second convolution is 1x1. 6. Space is convolved before time. 7. The sampler: "second-order, multistep, adaptive" are
+two modes; we default to multistep (--sampler dpm), and have the two released ones (dpm3, dpm_adaptive), ddim and ddpm.
+8. lambda(t) of eq. 7 is 1. 9. The noise of eq. 1 has variance beta_t, not 1. Where they differ we follow the code.
+"""
 import argparse
 import copy
 import dataclasses
@@ -28,46 +60,46 @@ import data
 
 @dataclass
 class Config:
-    """Every option of this file; the defaults are the paper's (Table A.1) or, where it is silent, the released code's."""
-    preset: str = "paper"            # the row of PRESETS that these values started from
-    data: str = "toy"                # toy, toy:bounce,glide (some scenes) or a set made by `python data.py prepare`
+    """Every option; the defaults are the paper's (Table A.1) or, where it is silent, the released code's."""
+    preset: str = "paper"            # the row of PRESETS that the other values start from
+    data: str = "toy"                # toy, toy:bounce,glide (some of its scenes), or a set made by data.py prepare
     out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA]
     # the clip
     frames: int = 16                 # frames in a clip
     size: int = 64                   # height and width, pixels
     fps: int = 10                    # frames per second
-    rate: int = 16000                # audio samples per second; a clip has frames * rate / fps of them (25,600)
+    rate: int = 16000                # audio samples per second; a clip has frames * rate / fps of them
     # the coupled U-Net (section 3.3)
     width: int = 128                 # base channels
     mult: tuple = (1, 2, 3, 4)       # channels of each scale, in units of width
     res_blocks: int = 2              # MM-blocks per scale, beside the one that resamples
     norm_groups: int = 32            # groups of every group norm; must divide every width
-    heads: int = 4                   # heads of self-attention (the paper's 64 channels a head hold for cross-attention)
+    heads: int = 4                   # heads of self-attention
     cross_head_dim: int = 64         # channels per head of cross-attention
     film: bool = True                # the time embedding scales and shifts (FiLM); false: it is added
-    video_attention: tuple = (2, 4, 8)  # downsampling factors with spatial and temporal self-attention
-    cross_attention: tuple = (2, 4, 8)  # downsampling factors with cross-attention
-    windows: tuple = (1, 4, 8)       # frames in the window of cross-attention at each of those factors (S in eq. 8)
-    random_shift: bool = True        # draw the shift R of the windows anew in every forward; false: R = 0
-    streams: str = "av"              # av: both; v or a: one sub-network alone (Ours-v, Ours-a in Tables 1 and 2)
-    dropout: float = 0.1             # in the residual blocks, while training
-    checkpoint: bool = False         # recompute blocks in backward: less memory, about a third more time
+    video_attention: tuple = (2, 4, 8)   # downsampling factors with spatial and temporal self-attention
+    cross_attention: tuple = (2, 4, 8)   # downsampling factors with cross-attention
+    windows: tuple = (1, 4, 8)       # its window at each of those factors, in frames (S of section 3.3)
+    random_shift: bool = True        # draw the shift R of the windows anew in every call; false: R = 0
+    streams: str = "av"              # av: both; v or a: one sub-network alone (Ours-v, Ours-a of Tables 1-2)
+    dropout: float = 0.1             # in the MM-blocks, while training
+    checkpoint: bool = False         # recompute blocks in backward: less memory, more time
     # diffusion (sections 3.1 and 3.2)
-    diffusion_steps: int = 1000      # T; linear betas from 1e-4 to 0.02, scaled by 1000 / T
+    diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
     prediction: str = "eps"          # eps: the network gives the noise (eq. 7); v: sqrt(abar) eps - sqrt(1-abar) x0
     sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
-    sample_steps: int = 20           # network calls per sample (ddpm: always T; dpm_adaptive: as many as it takes)
+    sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
     # training
     steps: int = 10000               # optimizer steps
     batch_size: int = 128            # clips per optimizer step over ALL processes
     grad_accum: int = 1              # parts that each process splits its share of the batch into
     lr: float = 1e-4                 # AdamW learning rate
-    lr_end: float = 1.0              # the rate falls linearly to this share of lr at the last step; 1: constant
+    lr_end: float = 1.0              # the rate falls linearly to this share of lr; 1: constant
     warmup: int = 0                  # steps of linear warm-up
-    weight_decay: float = 0.0        # AdamW weight decay
+    weight_decay: float = 0.0        # of AdamW
     clip: float = 0.0                # largest gradient norm; 0: no clipping (the norm is logged all the same)
-    ema: float = 0.9999              # decay of the averaged weights, ramped up from (1 + step) / (10 + step)
-    amp: str = "auto"                # auto, bf16, fp16 or off; auto: bf16 or fp16 on CUDA, off elsewhere
+    ema: float = 0.9999              # decay of the averaged weights, ramped up as (1 + step) / (10 + step)
+    amp: str = "auto"                # auto, bf16, fp16 or off; auto: bf16 or else fp16 on CUDA, off elsewhere
     compile: bool = False            # torch.compile the network
     device: str = "auto"             # auto (cuda, mps, cpu) or a torch device
     workers: int = 2                 # data loading processes
@@ -78,75 +110,77 @@ class Config:
     val_clips: int = 64              # validation clips, each seen at one noise level of every quartile
     save_every: int = 500            # steps between checkpoints
     sample_every: int = 1000         # steps between samples
-    samples: int = 4                 # clips to sample then, and at the end
+    samples: int = 4                 # clips to sample then and at the end
 
 
 PRESETS = {
-    "toy": dict(size=32, rate=8000, width=16, mult=(1, 2, 4, 8), res_blocks=1, norm_groups=8, cross_head_dim=32,
-                dropout=0.0, prediction="v", steps=600, batch_size=8, lr=2e-3, lr_end=0.1, warmup=20, clip=1.0, ema=0.99,
-                val_every=200, val_clips=32, save_every=100, sample_every=300),
-    "small": dict(width=64, res_blocks=1, dropout=0.0, steps=10000, batch_size=16, lr=3e-4, lr_end=0.1, warmup=200,
-                  clip=1.0, ema=0.999),
+    "toy": dict(size=32, rate=8000, width=16, mult=(1, 2, 4, 8), res_blocks=1, norm_groups=8, heads=1,
+                cross_head_dim=32, video_attention=(4, 8), dropout=0.0, prediction="v", steps=600, batch_size=8,
+                lr=2e-3, lr_end=0.1, warmup=20, clip=1.0, ema=0.99, val_every=200, val_clips=32, save_every=100,
+                sample_every=300),
+    "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="v", steps=10000, batch_size=16, lr=3e-4, lr_end=0.1,
+                  warmup=200, clip=1.0, ema=0.999),
     "paper": dict(),
-    "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),   # Paredes 2025, section IV-B
-    "audioset": dict(width=256),                                                      # supplement, section C
+    "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
+    "audioset": dict(width=256),                                                         # supplement, part C
 }
 
 
-def parse(argv=None, prog="mm_diffusion"):
-    """Command line -> Config: the preset's values, then the options given. Exits with one line on a wrong option."""
+def parse(argv=None, base=None):
+    """Command line -> Config: the preset's values, or those of `base`, then the options given. Exits with one line
+    when an option or a value is wrong."""
     def ints(text):
         return tuple(int(x) for x in text.split(",") if x)
 
     def bool_(text):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
-    remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(prog=f"{prog}.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
     choices = {"preset": PRESETS, "streams": ("av", "v", "a"), "prediction": ("eps", "v"), "sampler": SAMPLERS,
                "amp": ("auto", "bf16", "fp16", "off")}
-    parser.error = lambda message: die(f"{parser.prog}: {message} (--help lists the options)")
+    remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
-        kind = {tuple: ints, bool: bool_}.get(f.type, f.type)
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument("--" + f.name, type=kind, metavar=f.type.__name__, default=argparse.SUPPRESS,
-                            choices=choices.get(f.name),
-                            help=f"{remarks[f.name]} [{default}]".replace("%", "%%"))
+        parser.add_argument("--" + f.name, type={tuple: ints, bool: bool_}.get(f.type, f.type), choices=choices.get(f.name),
+                            metavar=f.type.__name__, default=argparse.SUPPRESS, help=f"{remarks[f.name]} [{default}]")
     given = vars(parser.parse_args(argv))
-    source = given.get("data", "toy").split(":")[0]
+    source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
-    cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
+    start = dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}
+    cfg = Config(**{**start, **given})
     if wrong := check(cfg):
         parser.error(wrong)
-    if not cfg.out:
-        cfg.out = f"out/{prog}/" + (preset if cfg.data == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}"))
+    name = preset if cfg.data == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
+    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
     return cfg
 
 
 def check(cfg):
-    """The first thing wrong with a config, as one sentence, or None."""
-    world, scales = int(os.environ.get("WORLD_SIZE", 1)), 2 ** (len(cfg.mult) - 1)
-    widths = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}
-    attention = {*cfg.video_attention, *cfg.cross_attention}
-    rules = [
-        (cfg.batch_size % (world * cfg.grad_accum) == 0, f"--batch_size {cfg.batch_size} does not divide by {world} "
-         f"processes x --grad_accum {cfg.grad_accum}: use a multiple of {world * cfg.grad_accum}"),
-        (cfg.frames * cfg.rate % cfg.fps == 0, "--frames * --rate / --fps, the audio samples in a clip, must be whole"),
-        (cfg.size % scales == 0, f"--size must divide by {scales}, as --mult has {len(cfg.mult)} scales"),
-        (cfg.frames * cfg.rate // cfg.fps % scales ** 2 == 0, f"the audio samples in a clip ({cfg.frames * cfg.rate // cfg.fps}"
-         f" = --frames * --rate / --fps) must divide by {scales ** 2}, as --mult has {len(cfg.mult)} scales"),
-        (all(w % cfg.norm_groups == 0 for w in widths.values()), "--norm_groups must divide every width (--width * --mult)"),
-        (attention <= set(widths), f"attention is possible at the factors {', '.join(map(str, widths))}"),
-        (len(cfg.windows) == len(cfg.cross_attention), "--windows needs one window for each factor of --cross_attention"),
-        (all(0 < w <= cfg.frames for w in cfg.windows), f"--windows must lie between 1 and --frames ({cfg.frames})"),
-        (all(widths.get(f, 0) % cfg.cross_head_dim == 0 for f in cfg.cross_attention), "--cross_head_dim must divide the "
-         "widths of cross-attention"),
-        (all(widths.get(f, 0) % cfg.heads == 0 for f in attention), "--heads must divide the widths of attention"),
-        (cfg.diffusion_steps >= 25, "--diffusion_steps must be 25 or more: the betas grow beyond 1 for fewer"),
-        (min(cfg.steps, cfg.log_every, cfg.val_every, cfg.save_every, cfg.sample_every, cfg.val_clips, cfg.samples,
-             cfg.sample_steps, cfg.batch_size, cfg.grad_accum) > 0, "steps, counts and intervals must be positive"),
-    ]
-    return next((sentence for good, sentence in rules if not good), None)
+    """The first thing wrong with a config, as a sentence, or None."""
+    parts, scales = int(os.environ.get("WORLD_SIZE", 1)) * max(cfg.grad_accum, 1), 2 ** (len(cfg.mult) - 1)
+    widths, length = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}, cfg.frames * cfg.rate / cfg.fps
+    crossed = [widths.get(f, 0) for f in cfg.cross_attention]
+    attended = [widths.get(f, 0) for f in (*cfg.video_attention, 2 ** (len(cfg.mult) - 1))]
+    rules = {
+        "counts and intervals must be 1 or more": all(getattr(cfg, k) > 0 for k in POSITIVE),
+        f"--batch_size {cfg.batch_size} does not divide by {parts} (processes x --grad_accum)": cfg.batch_size % parts == 0,
+        f"--size must divide by {scales}: --mult has {len(cfg.mult)} scales": cfg.size % scales == 0,
+        f"--frames * --rate / --fps, the audio samples of a clip, is {length:g} but must be a multiple of {scales ** 2}: "
+        f"--mult has {len(cfg.mult)} scales": length % scales ** 2 == 0,
+        "--norm_groups must divide every width (--width * --mult)": all(w % cfg.norm_groups == 0 for w in widths.values()),
+        f"attention is possible at the factors {', '.join(map(str, widths))}": all([*crossed, *attended]),
+        "--windows needs one window for each factor of --cross_attention": len(cfg.windows) == len(crossed),
+        f"--windows must lie between 1 and --frames ({cfg.frames})": all(0 < w <= cfg.frames for w in cfg.windows),
+        "--cross_head_dim must divide the widths of cross-attention": all(w % cfg.cross_head_dim == 0 for w in crossed),
+        "--heads must divide the widths of self-attention": all(w % cfg.heads == 0 for w in attended),
+        "--diffusion_steps must be 25 or more: with fewer the last betas exceed 1": cfg.diffusion_steps >= 25,
+    }
+    return next((sentence for sentence, good in rules.items() if not good), None)
+
+
+POSITIVE = ("frames", "size", "fps", "rate", "width", "res_blocks", "steps", "batch_size", "grad_accum", "log_every",
+            "val_every", "val_clips", "save_every", "sample_every", "samples", "sample_steps")
 
 
 def say(message):
@@ -164,19 +198,19 @@ def die(message):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Model. Inside it features are channels-last: video (B, F, H, W, C), audio (B, L, C). So 1x1 convolutions and
-# attention need no copies, and the 2-D kernels run in their fast layout. Parameters keep the released names and shapes.
+# Model. Inside, features are channels-last: video (B, F, H, W, C), audio (B, L, C). So 1x1 convolutions and
+# attention need no copies and 2-D kernels run in their fast layout; parameters keep the released names and shapes.
 # ------------------------------------------------------------------------------------------------------------
 
 class Norm(nn.Module):
-    """Group norm of channels-last features (B, ..., C) over a group's channels and everything between B and C."""
+    """Group norm of channels-last features (B, ..., C): over a group's channels and all between B and C."""
 
     def __init__(self, channels, groups):
         super().__init__()
         self.GroupNorm = nn.GroupNorm(groups, channels)
 
     def forward(self, x):
-        flat = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)     # (B, C, N, 1) in channels-last memory
+        flat = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)     # (B, C, N, 1), memory as it was
         return self.GroupNorm(flat).permute(0, 2, 3, 1).reshape(x.shape)
 
 
@@ -191,7 +225,7 @@ class Pointwise(nn.Conv1d):
 
 
 class AudioConv(nn.Module):
-    """Dilated 1-D convolution (section 3.3): (B, L, I) -> (B, L, O)."""
+    """Dilated 1-D convolution: (B, L, I) -> (B, L, O)."""
 
     def __init__(self, i, o, kernel, dilation=1):
         super().__init__()
@@ -201,7 +235,7 @@ class AudioConv(nn.Module):
         conv = self.audio_conv
         if conv.kernel_size == (1,):
             return F.linear(a, conv.weight.flatten(1), conv.bias)
-        a = a.unsqueeze(1).permute(0, 3, 1, 2)                                   # (B, I, 1, L), channels-last memory
+        a = a.unsqueeze(1).permute(0, 3, 1, 2)                                   # (B, I, 1, L)
         a = F.conv2d(a, conv.weight.unsqueeze(2), conv.bias, 1, (0, *conv.padding), (1, *conv.dilation))
         return a.permute(0, 2, 3, 1).squeeze(1)                                  # (B, L, O)
 
@@ -216,15 +250,15 @@ class VideoConv(nn.Module):
 
     def forward(self, v):
         B, frames, H, W, _ = v.shape
-        v = self.video_conv_spatial(v.flatten(0, 1).permute(0, 3, 1, 2))         # (B*F, O, H, W)
-        v = v.permute(0, 2, 3, 1).reshape(B, frames, H * W, -1).permute(0, 3, 1, 2)           # (B, O, F, H*W)
-        time = self.video_conv_temporal
-        v = F.conv2d(v, time.weight.unsqueeze(3), time.bias, padding=(*time.padding, 0))      # (B, O, F, H*W)
+        v = self.video_conv_spatial(v.flatten(0, 1).permute(0, 3, 1, 2))                     # (B*F, O, H, W)
+        v = v.permute(0, 2, 3, 1).reshape(B, frames, H * W, -1).permute(0, 3, 1, 2)          # (B, O, F, H*W)
+        conv = self.video_conv_temporal
+        v = F.conv2d(v, conv.weight.unsqueeze(3), conv.bias, padding=(*conv.padding, 0))     # (B, O, F, H*W)
         return v.permute(0, 2, 3, 1).reshape(B, frames, H, W, -1)
 
 
 class VideoConv3d(nn.Module):
-    """Full 3-D convolution, (B, F, H, W, I) -> (B, F, H, W, O): the head (kernel 3) and all 1x1x1 projections."""
+    """3-D convolution, (B, F, H, W, I) -> (B, F, H, W, O): the head (kernel 3) and all 1x1x1 projections."""
 
     def __init__(self, i, o, kernel):
         super().__init__()
@@ -237,20 +271,20 @@ class VideoConv3d(nn.Module):
 
 
 def zeroed(module):
-    """Zero a layer's parameters, so that its residual branch starts as nothing and the fresh network outputs 0."""
+    """Zero a layer's parameters: its residual branch starts as nothing, and the fresh network outputs 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def attend(q, k, v, heads):
-    """softmax(q k^T / sqrt(d)) v over tokens: q (B, N, C), k and v (B, M, C), each head a run of d channels -> (B, N, C)."""
+    """softmax(q k^T / sqrt(d)) v, eq. 8: q (B, N, C), k and v (B, M, C), a head is a run of d channels -> (B, N, C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, d)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, N, C)
 
 
 class SelfAttention(nn.Module):
-    """x + proj(attention(norm(x))) over tokens (B, N, C). No positions: the convolutions' padding tells them."""
+    """x + proj(attention(norm(x))) over tokens (B, N, C). Positions are known from the convolutions' padding alone."""
 
     def __init__(self, channels, heads, groups):
         super().__init__()
@@ -260,100 +294,100 @@ class SelfAttention(nn.Module):
         self.proj_out = zeroed(Pointwise(channels, channels))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)                        # each (B, N, C)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)                        # (B, N, C) each
         return x + self.proj_out(attend(q, k, v, self.heads))
 
 
 def resample(v, a, how):
-    """Halve ("down") or double ("up") the video's height and width; the audio's length changes fourfold."""
-    if how == "down":
-        if v is not None:
-            v = v.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))       # (B, F, H/2, W/2, C)
-        return v, a if a is None else a.unflatten(1, (-1, 4)).mean(2)            # (B, L/4, C)
+    """Halve (how = "down": averages) or double ("up": copies) the video's height and width; the audio's length by 4."""
     if v is not None:
-        B, frames, H, W, C = v.shape
-        v = v[:, :, :, None, :, None].expand(B, frames, H, 2, W, 2, C).reshape(B, frames, 2 * H, 2 * W, C)
-    return v, a if a is None else a.repeat_interleave(4, dim=1)                  # (B, 4L, C)
+        x = v.flatten(0, 1).permute(0, 3, 1, 2)                                  # (B*F, C, H, W)
+        x = F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0)
+        v = x.permute(0, 2, 3, 1).unflatten(0, v.shape[:2])                      # (B, F, H', W', C)
+    if a is not None:
+        a = a.unflatten(1, (-1, 4)).mean(2) if how == "down" else a.repeat_interleave(4, dim=1)    # (B, L', C)
+    return v, a
 
 
 class ResBlock(nn.Module):
-    """MM-block (figure 3b): the same residual block for video and for audio, driven by one time embedding."""
+    """MM-block (figure 3b): one residual block for video and one for audio, driven by the same time embedding."""
 
     def __init__(self, i, o, cfg, dilation, how=None, video_attention=False, audio_attention=False):
         super().__init__()
-        self.how, groups, drop = how, cfg.norm_groups, cfg.dropout
+        self.how, self.dropout, g = how, cfg.dropout, cfg.norm_groups
         video, audio = "v" in cfg.streams, "a" in cfg.streams
-        if video:
-            self.video_in_layers = nn.Sequential(Norm(i, groups), nn.SiLU(), VideoConv(i, o))
-        if audio:
-            self.audio_in_layers = nn.Sequential(Norm(i, groups), nn.SiLU(), AudioConv(i, o, 3, dilation))
+
+        def out(conv):
+            return nn.Sequential(Norm(o, g), nn.SiLU(), nn.Dropout(cfg.dropout), zeroed(conv))
+
+        self.video_in_layers = nn.Sequential(Norm(i, g), nn.SiLU(), VideoConv(i, o)) if video else None
+        self.audio_in_layers = nn.Sequential(Norm(i, g), nn.SiLU(), AudioConv(i, o, 3, dilation)) if audio else None
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * o if cfg.film else o))
-        if video:
-            self.video_out_layers = nn.Sequential(Norm(o, groups), nn.SiLU(), nn.Dropout(drop), zeroed(VideoConv3d(o, o, 1)))
-        if audio:
-            self.audio_out_layers = nn.Sequential(Norm(o, groups), nn.SiLU(), nn.Dropout(drop), zeroed(AudioConv(o, o, 1)))
-        if video:
-            self.video_skip_connection = nn.Identity() if i == o else VideoConv3d(i, o, 1)
-        if audio:
-            self.audio_skip_connection = nn.Identity() if i == o else AudioConv(i, o, 1)
-        if video and video_attention:
-            self.spatial_attention_block = SelfAttention(o, cfg.heads, groups)
-            self.temporal_attention_block = SelfAttention(o, cfg.heads, groups)
-        if audio and audio_attention:
-            self.audio_attention_block = SelfAttention(o, cfg.heads, groups)
+        self.video_out_layers = out(VideoConv3d(o, o, 1)) if video else None
+        self.audio_out_layers = out(AudioConv(o, o, 1)) if audio else None
+        self.video_skip_connection = VideoConv3d(i, o, 1) if video and i != o else nn.Identity()
+        self.audio_skip_connection = AudioConv(i, o, 1) if audio and i != o else nn.Identity()
+        self.spatial_attention_block = SelfAttention(o, cfg.heads, g) if video and video_attention else None
+        self.temporal_attention_block = SelfAttention(o, cfg.heads, g) if video and video_attention else None
+        self.audio_attention_block = SelfAttention(o, cfg.heads, g) if audio and audio_attention else None
 
     def forward(self, v, a, emb):
         hv = None if v is None else self.video_in_layers(v)
         ha = None if a is None else self.audio_in_layers(a)
-        if self.how:
+        # Copied values give the same norm and the same pointwise results, so "up" can wait until the end, where it
+        # costs a quarter; not so where dropout must fall on every pixel by itself.
+        late = self.how == "up" and not (self.training and self.dropout)
+        if self.how and not late:
             (v, a), (hv, ha) = resample(v, a, self.how), resample(hv, ha, self.how)
-        p = self.emb_layers(emb)                                                 # (B, 2*O), or (B, O) without FiLM
+        p = self.emb_layers(emb)                                                 # (B, 2*O); (B, O) without FiLM
         if v is not None:
             v = self.video_skip_connection(v) + modulated(self.video_out_layers, hv, p)
         if a is not None:
             a = self.audio_skip_connection(a) + modulated(self.audio_out_layers, ha, p)
-        if hasattr(self, "spatial_attention_block"):
+        if late:
+            v, a = resample(v, a, self.how)
+        if self.spatial_attention_block is not None:
             v = self.video_attention(v)
-        if hasattr(self, "audio_attention_block"):
+        if self.audio_attention_block is not None:
             a = self.audio_attention_block(a)
         return v, a
 
     def video_attention(self, v):
         B, frames, H, W, C = v.shape
-        v = self.spatial_attention_block(v.reshape(B * frames, H * W, C))        # every frame attends over its pixels
+        v = self.spatial_attention_block(v.reshape(B * frames, H * W, C))        # each frame over its pixels
         v = v.reshape(B, frames, H * W, C).transpose(1, 2).reshape(B * H * W, frames, C)
-        v = self.temporal_attention_block(v)                                     # every pixel attends over the frames
+        v = self.temporal_attention_block(v)                                     # each pixel over the frames
         return v.reshape(B, H * W, frames, C).transpose(1, 2).reshape(B, frames, H, W, C)
 
 
 def modulated(layers, h, p):
-    """Norm, FiLM by p (scale and shift, or a plain addition before the norm), then the rest of `layers`."""
+    """`layers` on h, whose first one, a norm, is followed by FiLM: norm(h) (1 + scale) + shift, or preceded by h + p."""
     norm, *rest = layers
     p = p.reshape(p.shape[0], *[1] * (h.dim() - 2), -1)                          # (B, 1, ..., 2*O or O)
     if p.shape[-1] == h.shape[-1]:
         h = norm(h + p)
     else:
         scale, shift = p.chunk(2, dim=-1)
-        h = torch.addcmul(shift, norm(h), 1 + scale)                             # norm(h) (1 + scale) + shift
+        h = torch.addcmul(shift, norm(h), 1 + scale)
     for layer in rest:
         h = layer(h)
     return h
 
 
 def windows(x, count, span, R):
-    """Cut tokens x (B, N, C) into `count` segments of n = N // count; gather for segment i the `span` segments from i + R
-    on, modulo N (section 3.3, step II) -> (B * count, span * n, C). R is a 0-d tensor."""
+    """Cut tokens x (B, N, C) into `count` segments of n = N // count and gather for segment i the `span` segments
+    from i + R on, modulo N (section 3.3, step II) -> (B * count, span * n, C). R is a 0-d tensor."""
     B, N, C = x.shape
     n = N // count
-    unit = n if N % count == 0 else 1      # whole segments move at once, unless a remainder makes wrapped windows slip
-    start = (torch.arange(count, device=x.device) + R) * n
-    index = (start[:, None] + torch.arange(0, span * n, unit, device=x.device)) % N // unit    # (count, span*n/unit)
+    unit = n if N % count == 0 else 1        # move whole segments, unless a remainder makes wrapped windows slip
+    start = (torch.arange(count, device=x.device) + R) * n                       # (count,)
+    index = (start[:, None] + torch.arange(0, span * n, unit, device=x.device)) % N // unit
     return x.reshape(B, N // unit, unit * C).index_select(1, index.flatten()).reshape(B * count, span * n, C)
 
 
 class CrossAttention(nn.Module):
-    """Random-shift multi-modal attention (eq. 8-9): frame i attends to the audio of frames i+R .. i+R+S-1, modulo F, and
-    the audio segment of frame i to those frames. S is the window; S = None: the whole clip, no shift."""
+    """Random-shift multi-modal attention (RS-MMA, eq. 8-9): frame i attends to the audio of frames i+R ... i+R+S-1,
+    modulo F, and the audio of frame i to those frames. window None: to the whole clip, no shift."""
 
     def __init__(self, channels, cfg, window):
         super().__init__()
@@ -368,32 +402,32 @@ class CrossAttention(nn.Module):
     def forward(self, v, a, R):
         (B, frames, H, W, C), L = v.shape, a.shape[1]
         S, n = self.window or frames, L // frames
-        vq, vkv = self.v_qkv(self.v_norm(v)).flatten(1, 3).split((C, 2 * C), dim=-1)     # (B, F*H*W, C), (B, F*H*W, 2C)
-        aq, akv = self.a_qkv(self.a_norm(a)).split((C, 2 * C), dim=-1)                   # (B, L, C), (B, L, 2C)
-        if S == frames and L % frames == 0:      # every window holds the whole clip: one attention, nothing to gather
+        vq, vkv = self.v_qkv(self.v_norm(v)).flatten(1, 3).split((C, 2 * C), dim=-1)    # (B, F*H*W, C and 2C)
+        aq, akv = self.a_qkv(self.a_norm(a)).split((C, 2 * C), dim=-1)                  # (B, L, C and 2C)
+        if S == frames and L % frames == 0:      # every window is the whole clip: nothing to gather
             hv = attend(vq, *akv.chunk(2, dim=-1), self.heads)
             ha = attend(aq, *vkv.chunk(2, dim=-1), self.heads)
         else:
-            akv, vkv = windows(akv, frames, S, R), windows(vkv, frames, S, R)            # (B*F, S*n, 2C), (B*F, S*H*W, 2C)
+            akv, vkv = windows(akv, frames, S, R), windows(vkv, frames, S, R)           # (B*F, S*n or S*H*W, 2C)
             hv = attend(vq.reshape(B * frames, H * W, C), *akv.chunk(2, dim=-1), self.heads)
-            head, tail = aq.split((frames * n, L - frames * n), dim=1)
-            ha = attend(head.reshape(B * frames, n, C), *vkv.chunk(2, dim=-1), self.heads).reshape(B, frames * n, C)
-            if tail.shape[1]:                    # the last segment takes the remainder of L / F
-                last = vkv.reshape(B, frames, -1, 2 * C)[:, -1]                          # (B, S*H*W, 2C)
-                ha = torch.cat([ha, attend(tail, *last.chunk(2, dim=-1), self.heads)], dim=1)    # (B, L, C)
+            head, tail = aq.split((frames * n, L - frames * n), dim=1)                  # the remainder of L / F
+            ha = attend(head.reshape(B * frames, n, C), *vkv.chunk(2, dim=-1), self.heads)
+            last = vkv.unflatten(0, (B, frames))[:, -1]                                 # (B, S*H*W, 2C)
+            tail = attend(tail, *last.chunk(2, dim=-1), self.heads) if tail.shape[1] else tail
+            ha = torch.cat([ha.reshape(B, frames * n, C), tail], dim=1)                 # (B, L, C)
         return v + self.video_proj_out(hv.reshape(v.shape)), a + self.audio_proj_out(ha)
 
 
 class Stem(nn.Module):
-    """Pixels and waveform -> base channels."""
+    """Pixels (B, F, H, W, 3) and waveform (B, L, 1) -> base channels."""
 
     def __init__(self, o, cfg):
         super().__init__()
         self.video_conv = VideoConv(3, o) if "v" in cfg.streams else None
         self.audio_conv = AudioConv(1, o, 3) if "a" in cfg.streams else None
 
-    def forward(self, v, a):
-        return v if v is None else self.video_conv(v), a if a is None else self.audio_conv(a)
+    def forward(self, v, a, _):
+        return None if v is None else self.video_conv(v), None if a is None else self.audio_conv(a)
 
 
 def time_embedding(t, dim):
@@ -404,64 +438,62 @@ def time_embedding(t, dim):
 
 
 class CoupledUNet(nn.Module):
-    """The coupled U-Net (figure 3a). Per scale: res_blocks MM-blocks, each followed by cross-attention at the chosen
-    scales, then one that downsamples; back up with one block more per scale, each fed the encoder's features."""
+    """The coupled U-Net (figure 3a). Per scale res_blocks MM-blocks, each followed by cross-attention where the scale
+    has it, and one that downsamples; back up with one block more per scale, each given the encoder's features."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        widths = [cfg.width * m for m in cfg.mult]
-        scale_of = {2 ** level: w for level, w in enumerate(widths)}
+        scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]       # (downsampling factor, channels)
         window = dict(zip(cfg.cross_attention, cfg.windows, strict=True)) if cfg.streams == "av" else {}
         self.time_embed = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
-        k = 1                                        # audio dilations cycle through 2^(k mod 10), k counts blocks
+        k = 1                                        # counts blocks: the audio's dilation is 2^(k mod 10)
 
-        def blocks(i, o, ds):                        # an MM-block and, where the scale has it, cross-attention
-            res = ResBlock(i, o, cfg, 2 ** (k % 10), video_attention=ds in cfg.video_attention)
-            return [res, CrossAttention(o, cfg, window[ds])] if ds in window else [res]
+        def blocks(i, o, factor):
+            res = ResBlock(i, o, cfg, 2 ** (k % 10), video_attention=factor in cfg.video_attention)
+            return [res, CrossAttention(o, cfg, window[factor])] if factor in window else [res]
 
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(widths[0], cfg)])])
-        c, skips = widths[0], [widths[0]]
-        for ds, w in scale_of.items():
+        c = scales[0][1]
+        entries, skips = [[Stem(c, cfg)]], [c]
+        for factor, w in scales:
             for _ in range(cfg.res_blocks):
-                self.input_blocks.append(nn.ModuleList(blocks(c, w, ds)))
+                entries.append(blocks(c, w, factor))
                 c, k = w, k + 1
                 skips.append(c)
-            if w is not widths[-1] or ds != 2 ** (len(widths) - 1):
-                self.input_blocks.append(nn.ModuleList([ResBlock(c, c, cfg, 2 ** (k % 10), how="down")]))
+            if factor < scales[-1][0]:
+                entries.append([ResBlock(c, c, cfg, 2 ** (k % 10), "down")])
                 k += 1
                 skips.append(c)
+        self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
         middle = [ResBlock(c, c, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
-        # The released network has this block, which the paper does not mention, for its default windows alone.
-        if cfg.windows == (1, 4, 8) and window:
+        if cfg.windows == (1, 4, 8) and window:      # in the released code for these windows alone; not in the paper
             middle.insert(1, CrossAttention(c, cfg, None))
         self.middle_blocks = nn.ModuleList(middle)
-        k -= 1
-        self.output_blocks = nn.ModuleList()
-        for ds, w in reversed(scale_of.items()):
+        entries, k = [], k - 1
+        for factor, w in reversed(scales):
             for i in range(cfg.res_blocks + 1):
-                entry = blocks(c + skips.pop(), w, ds)
+                entries.append(blocks(c + skips.pop(), w, factor))
                 c, k = w, k - 1
-                if ds > 1 and i == cfg.res_blocks:
-                    entry.append(ResBlock(c, c, cfg, 2 ** (k % 10), how="up"))
-                self.output_blocks.append(nn.ModuleList(entry))
-        if "a" in cfg.streams:
-            self.audio_out = nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(AudioConv(c, 1, 3)))
-        if "v" in cfg.streams:
-            self.video_out = nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(VideoConv3d(c, 3, 3)))
+                if factor > 1 and i == cfg.res_blocks:
+                    entries[-1].append(ResBlock(c, c, cfg, 2 ** (k % 10), "up"))
+        self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
+
+        def head(conv):
+            return nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(conv))
+
+        self.audio_out = head(AudioConv(c, 1, 3)) if "a" in cfg.streams else None
+        self.video_out = head(VideoConv3d(c, 3, 3)) if "v" in cfg.streams else None
 
     def draw_shifts(self, frames, generator=None):
-        """One shift R, uniform in 0 .. F - S, per cross-attention block in the order they run -> (blocks,) int64."""
+        """A shift R for each cross-attention in the order they run, uniform in 0 ... F - S -> (blocks,) int64."""
         spans = [m.window or frames for m in self.modules() if isinstance(m, CrossAttention)]
-        spans = spans if self.cfg.random_shift else [frames] * len(spans)
-        return torch.tensor([int(torch.randint(max(frames - s, 0) + 1, (), generator=generator)) for s in spans])
+        highest = [frames - span if self.cfg.random_shift else 0 for span in spans]
+        return torch.tensor([int(torch.randint(h + 1, (), generator=generator)) for h in highest], dtype=torch.long)
 
     def forward(self, v, a, t, shifts=None):
-        """v (B, F, 3, H, W) and a (B, 1, L), noisy; t (B,) diffusion steps; shifts as from draw_shifts (None: drawn here)
-        -> the prediction for each, same shapes. A stream that the network lacks is None, in and out."""
-        if shifts is None:
-            shifts = self.draw_shifts(v.shape[1] if v is not None else 1).to(t.device)
-        R = iter(shifts)
+        """Noisy v (B, F, 3, H, W) and a (B, 1, L), steps t (B,), shifts from draw_shifts (None: drawn here) -> the
+        prediction for each, float32, of the same shapes. A stream that the network lacks is None."""
+        R = iter(self.draw_shifts(self.cfg.frames if v is None else v.shape[1]).to(t.device) if shifts is None else shifts)
         emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, width)
         v = None if v is None else v.permute(0, 1, 3, 4, 2).contiguous()         # (B, F, H, W, 3)
         a = None if a is None else a.transpose(1, 2)                             # (B, L, 1)
@@ -471,27 +503,30 @@ class CoupledUNet(nn.Module):
             skips.append((v, a))
         v, a = self.run(self.middle_blocks, v, a, emb, R)
         for entry in self.output_blocks:
-            v, a = (x if x is None else torch.cat([x, s], -1) for x, s in zip((v, a), skips.pop(), strict=True))
+            v, a = (None if h is None else torch.cat([h, s], -1) for h, s in zip((v, a), skips.pop(), strict=True))
             v, a = self.run(entry, v, a, emb, R)
         return (None if v is None else self.video_out(v).permute(0, 1, 4, 2, 3).float(),     # (B, F, 3, H, W)
                 None if a is None else self.audio_out(a).transpose(1, 2).float())            # (B, 1, L)
 
     def run(self, entry, v, a, emb, R):
         for block in entry:
-            args = (v, a) if isinstance(block, Stem) else (v, a, next(R) if isinstance(block, CrossAttention) else emb)
+            third = next(R) if isinstance(block, CrossAttention) else emb
             if self.cfg.checkpoint and torch.is_grad_enabled():
-                v, a = checkpoint(block, *args, use_reentrant=False)
+                v, a = checkpoint(block, v, a, third, use_reentrant=False)
             else:
-                v, a = block(*args)
+                v, a = block(v, a, third)
         return v, a
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Process: noise schedule, loss, samplers. A state x is a dict of its streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
+# Process: schedule, loss, samplers. A state x is a dict of the streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
 # ------------------------------------------------------------------------------------------------------------
 
+STREAMS = {"v": "video", "a": "audio"}
+
+
 def mix(*terms):
-    """Linear combination of states: mix((c1, x1), (c2, x2), ...) = c1 x1 + c2 x2 + ... stream by stream."""
+    """mix((c1, x1), (c2, x2), ...) = c1 x1 + c2 x2 + ..., stream by stream."""
     return {k: sum(c * x[k] for c, x in terms) for k in terms[0][1]}
 
 
@@ -502,121 +537,125 @@ def unwrapped(model):
 
 
 class Diffusion:
-    """Eq. 1-7: the linear schedule that video and audio share, the training loss, and the network as a noise predictor."""
+    """Eq. 1-7: the schedule that video and audio share, the training loss, the network as a noise estimate."""
 
     def __init__(self, cfg):
-        T = cfg.diffusion_steps
-        self.T, self.streams, self.seed, self.predicts_v = T, cfg.streams, cfg.seed, cfg.prediction == "v"
-        self.betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-        self.abar = torch.cumprod(1 - self.betas, 0)                    # abar_t = alpha_1 ... alpha_t  (eq. 10)
+        self.T, self.streams, self.seed, self.predicts_v = cfg.diffusion_steps, cfg.streams, cfg.seed, cfg.prediction == "v"
+        self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
+        self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
 
     def noise(self, keys, shapes, device):
-        """Every clip's noise level u in [0, 1) and noise, from its own key: the same however clips are split over processes."""
-        draw, us, eps = torch.Generator(device), [], {k: [] for k in shapes}
+        """A noise level u (B,) in [0, 1) and noise per clip, each from the clip's own key: the same however the clips
+        are dealt to processes."""
+        draw, u, eps = torch.Generator(device), [], {k: [] for k in shapes}
         for key in keys.tolist():
             draw.manual_seed(key)
-            us.append(torch.rand((), generator=draw, device=device))
+            u.append(torch.rand((), generator=draw, device=device))
             for k, shape in shapes.items():
                 eps[k].append(torch.randn(shape, generator=draw, device=device))
-        return torch.stack(us), {k: torch.stack(e) for k, e in eps.items()}
+        return torch.stack(u), {k: torch.stack(e) for k, e in eps.items()}
 
     def loss(self, model, batch):
-        """Eq. 7 for both streams, summed. batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1], key (B,), step.
-        -> loss, and eq. 7 with lambda = 1 per stream. A network that predicts v is trained with lambda(t) = 1 / abar_t,
-        which is the plain squared error of v. batch["u"], if there, fixes the noise levels."""
-        x0 = {k: batch[name] for k, name in (("v", "video"), ("a", "audio")) if k in self.streams}
-        device = batch["video"].device
+        """Eq. 7, both streams summed -> loss, {stream: eq. 7 with lambda = 1}. A network that predicts v is trained
+        on the plain squared error of v, that is lambda(t) = 1 / abar_t, at even angles arctan(sigma / alpha).
+
+        batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1], key (B,), step; u (B,) to set the noise levels.
+        """
+        x0 = {k: batch[STREAMS[k]] for k in STREAMS if k in self.streams}
+        device, frames = batch["video"].device, batch["video"].shape[1]
         u, eps = self.noise(batch["key"], {k: x.shape[1:] for k, x in x0.items()}, device)
-        t = (batch.get("u", u) * self.T).long()                                          # (B,) uniform in 0 .. T-1
-        abar = self.abar.to(device, torch.float32)[t]
-        signal, sigma = ({k: c.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()} for c in (abar, 1 - abar))
-        xt = {k: signal[k] * x0[k] + sigma[k] * eps[k] for k in x0}                      # eq. 5 iterated t times
+        t = (batch.get("u", u) * self.T).long()                                  # (B,) uniform in 0 ... T-1
+        if self.predicts_v and "u" not in batch:     # the linear schedule is all but noise for a third of its steps
+            angles = torch.acos(self.abar.sqrt()).to(device, torch.float32)
+            t = torch.searchsorted(angles, u * (math.pi / 2)).clamp(max=self.T - 1)
+        abar = self.abar.to(device, torch.float32)[t]                            # (B,)
+        signal = {k: abar.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()}
+        sigma = {k: (1 - s * s).sqrt() for k, s in signal.items()}
+        xt = {k: signal[k] * x0[k] + sigma[k] * eps[k] for k in x0}              # eq. 5, t times
         draw = torch.Generator().manual_seed(data.clip_key(self.seed, f"shift {batch['step']}"))
-        shifts = unwrapped(model).draw_shifts(batch["video"].shape[1], draw).to(device)
+        shifts = unwrapped(model).draw_shifts(frames, draw).to(device)           # the same in all processes
         out = dict(zip("va", model(xt.get("v"), xt.get("a"), t, shifts), strict=True))
         target = {k: signal[k] * eps[k] - sigma[k] * x0[k] for k in x0} if self.predicts_v else eps
-        error = {k: (out[k].float() - target[k]).square().flatten(1).mean(1) for k in x0}             # (B,) each
-        loss = sum(e.mean() for e in error.values())
-        weight = abar if self.predicts_v else 1                      # |eps - eps'|^2 = abar |v - v'|^2
-        return loss, {name: (weight * error[k]).detach().mean() for k, name in (("v", "video"), ("a", "audio")) if k in x0}
+        error = {k: (out[k] - target[k]).square().flatten(1).mean(1) for k in x0}    # (B,)
+        scale = abar if self.predicts_v else 1                                   # |eps' - eps|^2 = abar |v' - v|^2
+        return sum(e.mean() for e in error.values()), {STREAMS[k]: (scale * e).detach().mean() for k, e in error.items()}
 
     def denoiser(self, model, draw):
-        """eps(x, t): the network's noise estimate for a state x at step t, a number. draw: generator of the random shifts."""
+        """eps(x, t): the network's noise estimate for a state at step t, a number. draw: generator of the shifts."""
         def eps(x, t):
             first = next(iter(x.values()))
-            frames = x["v"].shape[1] if "v" in x else 1
-            steps = torch.full((first.shape[0],), t, device=first.device)
-            out = model(x.get("v"), x.get("a"), steps, model.draw_shifts(frames, draw).to(first.device))
-            out = {k: o for k, o in zip("va", out, strict=True) if o is not None}
-            abar = float(self.abar[int(t)])
+            shifts = model.draw_shifts(first.shape[1] if "v" in x else model.cfg.frames, draw).to(first.device)
+            out = model(x.get("v"), x.get("a"), torch.full((len(first),), t, device=first.device), shifts)
+            out, abar = {k: o for k, o in zip("va", out, strict=True) if k in x}, float(self.abar[int(t)])
             return mix((math.sqrt(abar), out), (math.sqrt(1 - abar), x)) if self.predicts_v else out
         return eps
 
 
-def clean(x, eps, abar):
-    """x_0 estimate of both streams from a noise estimate, clamped to [-1, 1]."""
-    return {k: v.clamp(-1, 1) for k, v in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
+def estimate_x0(x, eps, abar):
+    """x_0 from a noise estimate, clamped to [-1, 1]."""
+    return {k: y.clamp(-1, 1) for k, y in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
 
 
 def ddpm(eps_fn, x, process, noise_like, steps=None):
-    """Ancestral sampling, eq. 3-6, variance beta_t: always T network calls. noise_like(tensor) draws normal noise."""
-    abars = process.abar.tolist()
+    """Ancestral sampling, eq. 3-6, with variance beta_t: T network calls. noise_like(tensor) draws normal noise."""
     for t in reversed(range(process.T)):
-        abar, before, beta = abars[t], abars[t - 1] if t else 1.0, float(process.betas[t])
-        x0 = clean(x, eps_fn(x, t), abar)
+        abar, before, beta = float(process.abar[t]), float(process.abar[t - 1]) if t else 1.0, float(process.betas[t])
+        x0 = estimate_x0(x, eps_fn(x, t), abar)
         x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
         if t:
-            x = {k: v + beta ** 0.5 * noise_like(v) for k, v in x.items()}
+            x = {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()}
     return x
 
 
 def ddim(eps_fn, x, process, noise_like, steps=25):
-    """Deterministic DDIM (eta = 0) on `steps` evenly spaced steps."""
+    """DDIM with eta = 0 on `steps` evenly spaced steps."""
     times = [i * process.T // steps for i in range(steps)]
     for i in reversed(range(steps)):
         abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
-        x0 = clean(x, eps_fn(x, times[i]), abar)
-        eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))   # what the clamped x_0 implies
+        x0 = estimate_x0(x, eps_fn(x, times[i]), abar)
+        eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))    # what the clamped x_0 implies
         x = mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
     return x
 
 
 class DPMSolver:
-    """DPM-Solver and DPM-Solver++ (Lu et al. 2022): the probability-flow ODE in lambda = log(alpha / sigma), half the log
-    signal-to-noise ratio, where its linear part is solved exactly. All coefficients are Python floats."""
+    """DPM-Solver and DPM-Solver++ (Lu et al. 2022): the probability-flow ODE in lambda = log(alpha / sigma), in which
+    its linear part is solved exactly. Every coefficient is a Python float."""
 
     def __init__(self, eps_fn, abar, x0=True, threshold=None):
-        """x0: integrate the x_0 estimate (++), else the noise estimate. threshold: "clamp" x_0 to [-1, 1], or "dynamic":
-        to its own 99.5 % quantile of absolute values where that is above 1, then divide by it (Imagen)."""
+        """x0: integrate the x_0 estimate (++), else the noise estimate. threshold "clamp": x_0 to [-1, 1]; "dynamic":
+        to the 99.5 % quantile of its absolute values where that is above 1, then divided by it (Imagen)."""
         self.eps_fn, self.x0, self.threshold, self.T = eps_fn, x0, threshold, len(abar)
+        self.times = (np.arange(self.T) + 1) / self.T    # log alpha is piecewise linear between these
         self.log_alpha = 0.5 * abar.float().log().double().numpy()
-        self.times = (np.arange(self.T) + 1) / self.T
-        self.first, self.last = self.lam(1.0), self.lam(1 / self.T)
+        self.first, self.last = self.from_time(1.0), self.from_time(1 / self.T)
 
-    def lam(self, t):
+    def from_time(self, t):
         log_alpha = np.interp(t, self.times, self.log_alpha)
         return float(log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha)))
 
-    def at(self, lam):
-        """lambda -> alpha, sigma and time in [1/T, 1]; log alpha is piecewise linear in time."""
-        log_alpha = -0.5 * np.logaddexp(0, -2 * lam)
-        t = np.interp(-log_alpha, -self.log_alpha, self.times)
-        return float(np.exp(log_alpha)), float(np.sqrt(-np.expm1(2 * log_alpha))), float(t)
+    def time(self, lam):
+        return float(np.interp(0.5 * np.logaddexp(0, -2 * lam), -self.log_alpha, self.times))
+
+    @staticmethod
+    def alpha_sigma(lam):
+        return (1 + math.exp(-2 * lam)) ** -0.5, (1 + math.exp(2 * lam)) ** -0.5
 
     def estimate(self, x, lam):
-        """The network at lambda: noise, or the thresholded x_0."""
-        alpha, sigma, t = self.at(lam)
-        eps = self.eps_fn(x, max(int((t - 1 / self.T) * self.T), 0))           # the released code truncates, and so do we
+        """What the network says at lambda: the noise, or the thresholded x_0."""
+        alpha, sigma = self.alpha_sigma(lam)
+        # The released solver truncates the step number that the network is told; so do we.
+        eps = self.eps_fn(x, max(int((self.time(lam) - 1 / self.T) * self.T), 0))
         if not self.x0:
             return eps
         x0 = mix((1 / alpha, x), (-sigma / alpha, eps))
         if self.threshold == "clamp":
-            return {k: v.clamp(-1, 1) for k, v in x0.items()}
-        return {k: dynamic_threshold(v) for k, v in x0.items()} if self.threshold == "dynamic" else x0
+            return {k: y.clamp(-1, 1) for k, y in x0.items()}
+        return {k: dynamic_threshold(y) for k, y in x0.items()} if self.threshold == "dynamic" else x0
 
     def coefficients(self, s, t):
-        """A and B of the exponential integrator from lambda s to t: x_t = A x_s - B m + higher orders."""
-        (alpha_s, sigma_s, _), (alpha_t, sigma_t, _) = self.at(s), self.at(t)
+        """A and B of the step from lambda s to t, x_t = A x_s - B estimate + higher orders."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
         if self.x0:
             return sigma_t / sigma_s, alpha_t * math.expm1(s - t)
         return alpha_t / alpha_s, sigma_t * math.expm1(t - s)
@@ -626,62 +665,58 @@ class DPMSolver:
         return mix((A, x), (-B, m))
 
     def order2(self, x, m, s, t, r=0.5, m1=None):
-        """r: where between s and t the second estimate m1 lies (a negative r: an earlier one)."""
+        """r: where between s and t the second estimate m1 lies; multistep gives an earlier one, with r < 0."""
         if m1 is None:
-            mid = s + r * (t - s)
-            m1 = self.estimate(self.order1(x, m, s, mid), mid)
+            middle = s + r * (t - s)
+            m1 = self.estimate(self.order1(x, m, s, middle), middle)
         A, B = self.coefficients(s, t)
         return mix((A, x), (-B, m), (-B / (2 * r), mix((1, m1), (-1, m))))
 
     def order3(self, x, m, s, t, r1, r2):
-        """Singlestep third order for the noise estimate."""
+        """Singlestep third order for the noise estimate, with estimates at the fractions r1 and r2 of the step."""
         h, s1, s2 = t - s, s + r1 * (t - s), s + r2 * (t - s)
         m1 = self.estimate(self.order1(x, m, s, s1), s1)
         A, B = self.coefficients(s, s2)
-        c = r2 / r1 * self.at(s2)[1] * (math.expm1(r2 * h) / (r2 * h) - 1)
+        c = r2 / r1 * self.alpha_sigma(s2)[1] * (math.expm1(r2 * h) / (r2 * h) - 1)
         m2 = self.estimate(mix((A, x), (c - B, m), (-c, m1)), s2)
         A, B = self.coefficients(s, t)
-        c = self.at(t)[1] * (math.expm1(h) / h - 1) / r2
+        c = self.alpha_sigma(t)[1] * (math.expm1(h) / h - 1) / r2
         return mix((A, x), (c - B, m), (-c, m2))
 
     def multistep(self, x, steps, spacing="lambda"):
-        """2M: second order from the two latest estimates, one network call per step; the first step is of order 1.
-        spacing: steps evenly spaced in "lambda" or in "time"."""
+        """2M: order 2 from the two latest estimates, one call a step, evenly spaced in "lambda" or in "time"."""
         nodes = np.linspace(self.first, self.last, steps + 1).tolist()
         if spacing == "time":
-            nodes = [self.lam(t) for t in np.linspace(1, 1 / self.T, steps + 1)]
-        before = None
-        for i in range(steps):
-            s, t, m = nodes[i], nodes[i + 1], self.estimate(x, nodes[i])
-            x = self.order1(x, m, s, t) if i == 0 else self.order2(x, m, s, t, (nodes[i - 1] - s) / (t - s), before)
-            before = m
+            nodes = [self.from_time(t) for t in np.linspace(1, 1 / self.T, steps + 1)]
+        s, t, before = nodes[0], nodes[1], self.estimate(x, nodes[0])
+        x = self.order1(x, before, s, t)
+        for i in range(1, steps):
+            earlier, s, t = nodes[i - 1:i + 2]
+            m = self.estimate(x, s)
+            x, before = self.order2(x, m, s, t, (earlier - s) / (t - s), before), m
         return x
 
     def singlestep3(self, x, steps):
-        """Steps of order 3 on nodes evenly spaced in lambda, three calls each; a last one of order 1 or 2 uses up `steps`."""
+        """Order 3 on nodes evenly spaced in lambda, three calls a step; a last one of order 1 or 2 uses up `steps`."""
         nodes = np.linspace(self.first, self.last, steps + 1).tolist()
         for i in range(0, steps, 3):
             s, t = nodes[i], nodes[min(i + 3, steps)]
-            m, r = self.estimate(x, s), [(node - s) / (t - s) for node in nodes[i + 1:i + 3]]
-            if i + 3 <= steps:
-                x = self.order3(x, m, s, t, *r)
-            else:
-                x = self.order2(x, m, s, t, r[0]) if steps - i == 2 else self.order1(x, m, s, t)
+            m, inner = self.estimate(x, s), [(node - s) / (t - s) for node in nodes[i + 1:min(i + 3, steps)]]
+            x = (self.order1, self.order2, self.order3)[len(inner)](x, m, s, t, *inner)
         return x
 
     def adaptive2(self, x, h=0.05, absolute=0.0078, relative=0.05, safety=0.9):
-        """Order 2 with an error estimate from order 1; the worst sample and stream set the step for all."""
-        s, lower_before, m = self.first, x, None
-        while abs(self.at(s)[2] - 1 / self.T) > 1e-5:
-            m, t = m or self.estimate(x, s), s + h
+        """Order 2, order 1 as its error estimate; the worst sample and stream set the step for all."""
+        s, before, m = self.first, x, None
+        while self.time(s) - 1 / self.T > 1e-5:
+            m, t, error = m or self.estimate(x, s), s + h, 1e-12
             lower, higher = self.order1(x, m, s, t), self.order2(x, m, s, t)
-            error = 0.0
             for k in x:
-                allowed = torch.maximum(lower[k].abs(), lower_before[k].abs()).mul(relative).clamp(min=absolute)
+                allowed = torch.maximum(lower[k].abs(), before[k].abs()).mul(relative).clamp(min=absolute)
                 error = max(error, float(((higher[k] - lower[k]) / allowed).square().flatten(1).mean(1).sqrt().max()))
             if error <= 1:
-                x, s, lower_before, m = higher, t, lower, None
-            h = min(safety * h * max(error, 1e-12) ** -0.5, self.last - s)
+                x, s, before, m = higher, t, lower, None
+            h = min(safety * h * error ** -0.5, self.last - s)
         return x
 
 
@@ -691,9 +726,9 @@ def dynamic_threshold(x, quantile=0.995):
 
 
 SAMPLERS = {
-    "dpm": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, threshold="clamp").multistep(x, steps),     # 2M, our default
-    "dpm3": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, x0=False).singlestep3(x, steps),           # released default
-    "dpm_adaptive": lambda f, x, p, noise, steps: DPMSolver(f, p.abar, threshold="dynamic").adaptive2(x),
+    "dpm": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="clamp").multistep(x, steps),
+    "dpm3": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, x0=False).singlestep3(x, steps),
+    "dpm_adaptive": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="dynamic").adaptive2(x),
     "ddim": ddim,
     "ddpm": ddpm,
 }
@@ -728,31 +763,31 @@ def amp_type(cfg, device):
 
 
 def read_checkpoint(path, device="cpu"):
-    """A checkpoint's dict, or a bare state dict. Raises data.DataError when it is missing or not readable."""
+    """A checkpoint's dict, or a bare state dict. Raises data.UserError when it is missing or not readable."""
     if not Path(path).is_file():
-        raise data.DataError(f"There is no checkpoint {path}.")
+        raise data.UserError(f"There is no checkpoint {path}.")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                       # torch raises half a dozen kinds for damaged or foreign files
-        raise data.DataError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
+        raise data.UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict):
-        raise data.DataError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
+        raise data.UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
     return state
 
 
 def fill(model, state, path):
-    """Load a state dict strictly, of any float type. Raises data.DataError naming what does not fit."""
+    """Load a state dict strictly, of any float type. Raises data.UserError naming what does not fit."""
     own = {k: p.shape for k, p in model.state_dict().items()}
     wrong = [k for k in {**own, **state} if k not in own or own[k] != getattr(state.get(k), "shape", None)]
     if wrong:
-        raise data.DataError(f"The weights in {path} are not for this network: {len(wrong)} names or shapes differ, "
-                             f"{wrong[0]} for one. Give the options that they were trained with.")
+        raise data.UserError(f"The weights in {path} are not for this network: {len(wrong)} names or shapes differ "
+                             f"({wrong[0]}, for one). Give the options that they were trained with.")
     model.load_state_dict(state)
 
 
 # Options that may change when a run goes on; any other would make it another run.
-FREE = {"out", "steps", "amp", "compile", "device", "workers", "grad_accum", "checkpoint", "init_from", "log_every",
-        "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps"}
+FREE = {"preset", "out", "steps", "amp", "compile", "device", "workers", "grad_accum", "checkpoint", "init_from",
+        "log_every", "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps"}
 
 
 def save(path, step, cfg, model, ema, optimizer, scaler):
@@ -763,16 +798,16 @@ def save(path, step, cfg, model, ema, optimizer, scaler):
 
 
 def resume(path, cfg, model, ema, optimizer, scaler):
-    """Restore a run from its checkpoint -> the step to go on from; 0 where there is none. Raises data.DataError
-    for a file that is no run's checkpoint, or that of a run with other settings."""
+    """Restore a run from its checkpoint -> the step to go on from, 0 where there is none. Raises data.UserError for
+    a file that is no run's checkpoint, or that of a run with other settings."""
     if not path.exists():
         return 0
     state = read_checkpoint(path, next(model.parameters()).device)
     if "optimizer" not in state:
-        raise data.DataError(f"{path} is no checkpoint of a run: move it away, or choose another --out.")
+        raise data.UserError(f"{path} is no checkpoint of a run: move it away, or choose another --out.")
     for k, new in dataclasses.asdict(cfg).items():
         if k not in FREE and state["cfg"].get(k) != new:
-            raise data.DataError(f"{path} is of a run with --{k} {state['cfg'].get(k)}, not {new}: "
+            raise data.UserError(f"{path} is of a run with --{k} {state['cfg'].get(k)}, not {new}: "
                                  "choose another --out, or move it away.")
     fill(model, state["model"], path)
     fill(ema, state["ema"], path)
@@ -782,7 +817,7 @@ def resume(path, cfg, model, ema, optimizer, scaler):
 
 
 def validate(model, loss_fn, batches, autocast, device):
-    """Mean loss parts and their sum on fixed clips and noise; each clip counts once per quartile of noise level."""
+    """Mean loss, by part and by quartile of noise level, on fixed clips and noise: each clip once per quartile."""
     row, seen, total = {}, 0, sum(len(b["key"]) for b in batches)
     with torch.no_grad():
         for batch in batches:
@@ -812,7 +847,8 @@ def write_row(path, row):
     """Append to log.csv. The first row is a validation's and tells the names of the loss's parts."""
     if not path.exists():
         parts = [k[4:] for k in row if k.startswith("val_")]
-        path.write_text(",".join(["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]) + "\n")
+        columns = ["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]
+        path.write_text(",".join(columns) + "\n")
     columns = path.read_text().split("\n", 1)[0].split(",")
     with open(path, "a") as f:
         f.write(",".join(f"{row[k]:.6g}" if k in row else "" for k in columns) + "\n")
@@ -834,18 +870,18 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     """Train `model` to cfg.steps, going on from the checkpoint in cfg.out where there is one -> the EMA model.
 
     loss_fn(model, batch) -> (loss, {name: part}) gets batches of `train` as data.to_device makes them, and those of
-    `val` with "u" (B,), the noise levels to use, in [0, 1). sample_fn(model) -> (video, audio) gets the EMA model.
-    The same command gives the same weights on 1 or more processes up to rounding (dropout apart), and the same to
-    the bit on the CPU after any interruption. Raises data.DataError for a checkpoint of another run.
+    `val` with u (B,), the noise levels to use, in [0, 1). sample_fn(model) -> (video, audio) gets the EMA model.
+    The same command gives the same weights on 1 or more processes up to rounding (dropout apart) and, on the CPU,
+    the same to the bit after any interruption. Raises data.UserError for a checkpoint of another run.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, out, micro = next(model.parameters()).device, Path(cfg.out), cfg.batch_size // world // cfg.grad_accum
-    dtype = amp_type(cfg, device)
+    out, micro, device = Path(cfg.out), cfg.batch_size // world // cfg.grad_accum, next(model.parameters()).device
     ema, parameters = copy.deepcopy(model).eval().requires_grad_(False), list(model.parameters())
+    dtype = amp_type(cfg, device)
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
                                   fused=device.type in ("cuda", "cpu"))
-    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without the host asking the
-    # device. The other types need the second alone, at scale 1.
+    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without asking the device in
+    # every step. The other types need only the latter, at scale 1.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0,
                                   enabled=device.type != "mps")
     run = (cfg, model, ema, optimizer, scaler)
@@ -865,7 +901,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             row |= validate(ema, loss_fn, val_set, autocast, device)
             parts = ", ".join(f"{k[4:]} {x:.4f}" for k, x in row.items() if k.startswith("val_"))
             levels = " ".join(f"{row[q]:.3f}" for q in ("q1", "q2", "q3", "q4"))
-            bar.write(f"step {step}: validation loss {row['val']:.4f} ({parts}; by quartile of noise {levels})")
+            bar.write(f"step {step}: validation loss {row['val']:.4f} ({parts}; by quartile of noise: {levels})")
         if row:
             write_row(out / "log.csv", {"step": step, **row})
         if step and (step % cfg.save_every == 0 or last):
@@ -879,17 +915,17 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         if start == 0:
             report(0, {})
     stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    for s in old:                                    # note the first signal and finish the step; a second one kills
+    for s in old:                                    # a first signal waits for the step's end, a second one kills
         signal.signal(s, lambda number, _: (stopped.append(number), signal.signal(number, old[number])))
     batches = data.loader(train, cfg.batch_size, start, cfg.steps, rank, world, cfg.workers, cfg.seed)
     sums, skipped, streak, since, clock = 0, 0, 0, start, time.time()
     for step, batch in enumerate(batches, start):
         batch = data.to_device(batch, device)
-        torch.manual_seed(data.clip_key(cfg.seed, f"dropout {step} {rank}"))     # so no generator's state is saved
+        torch.manual_seed(data.clip_key(cfg.seed, f"dropout {step} {rank}"))     # no generator's state to save
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
         optimizer.zero_grad()
         for i in range(cfg.grad_accum):
-            net.require_backward_grad_sync = i == cfg.grad_accum - 1             # DDP: average gradients once a step
+            net.require_backward_grad_sync = i == cfg.grad_accum - 1             # DDP averages once a step
             part = {k: x if k == "step" else x[i * micro:(i + 1) * micro] for k, x in batch.items()}
             with autocast():
                 loss, parts = loss_fn(net, part)
@@ -910,12 +946,13 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             if world > 1:
                 dist.all_reduce(values)
             mean, *means, norm, total, in_a_row, signals = (values / world).tolist()
-            row = {"loss": mean, **dict(zip(parts, means, strict=True)), "grad": norm, "lr": learning_rate(cfg, step),
-                   "clips_per_s": (done - since) * cfg.batch_size / (time.time() - clock), "skipped": total}
+            speed = (done - since) * cfg.batch_size / (time.time() - clock)
+            row = {"loss": mean, **dict(zip(parts, means, strict=True)), "grad": norm,
+                   "lr": learning_rate(cfg, step), "clips_per_s": speed, "skipped": total}
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", *parts, "grad", "clips_per_s")}, refresh=False)
             sums, since, clock, stop = 0, done, time.time(), stop or signals > 0
             if in_a_row >= 50:
-                raise data.DataError(f"The gradients of the last {in_a_row:.0f} steps were not finite: start again "
+                raise data.UserError(f"The gradients of the last {in_a_row:.0f} steps were not finite: start again "
                                      "with a smaller --lr, with --clip 1 or with --amp off.")
         bar.update()
         if rank == 0:
@@ -940,22 +977,20 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
            guidance=None, seed=0, sampler=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks.
-
-    sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or batch_size, for every
-    sampler but dpm_adaptive. Raises data.DataError for a condition: this model takes none.
-    """
+    the model lacks. sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or
+    batch_size, but for dpm_adaptive. Raises data.UserError for a condition: this model takes none."""
     for name, value in dict(prompt=prompt, negative_prompt=negative_prompt, label=label, guidance=guidance,
                             video=video, audio=audio).items():
         if value is not None:
-            raise data.DataError(f"MM-Diffusion generates without conditions: it takes no {name}.")
+            raise data.UserError(f"MM-Diffusion generates without conditions: it takes no {name}.")
     cfg, device, process = model.cfg, next(model.parameters()).device, Diffusion(model.cfg)
     shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
     out = {k: [] for k in shapes if k in cfg.streams}
-    for first in range(0, n, batch_size):
-        draws = [torch.Generator().manual_seed(data.clip_key(seed, i)) for i in range(first, min(first + batch_size, n))]
+    for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
+        clips = range(first, min(first + batch_size, n))
+        draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")) for i in clips]
 
-        def normal(shape, draws=draws):              # on the CPU, so that every device starts from the same noise
+        def normal(shape, draws=draws):              # drawn on the CPU: every device starts from the same noise
             return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
 
         x = {k: normal(shapes[k]) for k in out}
@@ -963,18 +998,18 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         x = SAMPLERS[sampler or cfg.sampler](eps_fn, x, process, lambda like, normal=normal: normal(like.shape[1:]),
                                              steps or cfg.sample_steps)
         for k in out:
-            out[k].append(x[k].float().cpu())
+            out[k].append(x[k].cpu())
     return (data.to_uint8(torch.cat(out["v"])) if "v" in out else None,
             torch.cat(out["a"])[:, 0].clamp(-1, 1) if "a" in out else None)
 
 
 def load(path, device="cpu", options=()):
-    """A model ready to sample: from a checkpoint of ours (its EMA weights), or from a released state dict, which is
-    taken for the preset that has its names and shapes unless options (as on the command line) tell the sizes.
-    Raises data.DataError when the file is not readable or fits none."""
+    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, which is taken for
+    the preset that has its names and shapes. options, as on the command line, override the config; for a state dict
+    they tell it. Raises data.UserError when the file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" in state:
-        cfg, state = Config(**state["cfg"]), state["ema"]
+        cfg, state = parse(options, Config(**state["cfg"])), state["ema"]
     elif options:
         cfg = parse(options)
     else:
@@ -985,7 +1020,7 @@ def load(path, device="cpu", options=()):
                 if shapes == {k: p.shape for k, p in CoupledUNet(cfg).state_dict().items()}:
                     break
         else:
-            raise data.DataError(f"{path} fits none of the presets: give the options that it was trained with.")
+            raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
     model = CoupledUNet(cfg)
     fill(model, state, path)
     return model.to(device).eval()
@@ -1003,9 +1038,10 @@ def main(argv=None):
             state = read_checkpoint(cfg.init_from)
             fill(model, state.get("ema", state), cfg.init_from)
         model = model.to(device)
-        say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
+        size = sum(p.numel() for p in model.parameters())
+        say(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
         fit(model, Diffusion(cfg).loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, seed=cfg.seed))
-    except data.DataError as error:
+    except data.UserError as error:
         die(f"mm_diffusion.py: {error}")
     say(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
 

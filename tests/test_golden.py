@@ -50,8 +50,8 @@ def unet_of(d):
     cfg = mm.Config(frames=c["video_size"][0], size=c["video_size"][2], width=c["num_channels"],
                     mult=numbers(c["channel_mult"]), res_blocks=c["num_res_blocks"], heads=c["num_heads"],
                     cross_head_dim=c["num_head_channels"], video_attention=numbers(c["video_attention_resolutions"]),
-                    cross_attention=numbers(c["cross_attention_resolutions"]), windows=numbers(c["cross_attention_windows"]),
-                    random_shift=c["cross_attention_shift"], film=c["use_scale_shift_norm"], dropout=c["dropout"])
+                    cross_attention=numbers(c["cross_attention_resolutions"]),
+                    windows=numbers(c["cross_attention_windows"]), random_shift=c["cross_attention_shift"], film=c["use_scale_shift_norm"], dropout=c["dropout"])
     net = from_recipe(mm.CoupledUNet(cfg), d["seed"])
     if "shapes" in d:
         assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
@@ -144,7 +144,7 @@ class ReleasedSolver(mm.DPMSolver):
     def order1(self, x, m, s, t):
         out = super().order1(x, m, s, t)
         if not self.x0:
-            (_, sigma_s, _), (alpha_t, sigma_t, _) = self.at(s), self.at(t)
+            (_, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
             out["a"] = sigma_t / sigma_s * x["a"] - alpha_t * math.expm1(t - s) * m["a"]
         return out
 
@@ -163,8 +163,67 @@ def test_dpm_solver(path):
         s = case["settings"]
         kind = ReleasedSolver if s["method"] == "adaptive" else mm.DPMSolver
         solver = kind(eps, abar, s.get("predict_x0", False), "dynamic" if s.get("thresholding") else None)
-        spacing = "time" if s["skip_type"] == "time_uniform" else "lambda"
-        out = {"multistep": lambda: solver.multistep(x, s["steps"], spacing),          # noqa: B023
-               "singlestep": lambda: solver.singlestep3(x, s["steps"]),                # noqa: B023
-               "adaptive": lambda: solver.adaptive2(x)}[s["method"]]()
-        print(name, [(out[k] - case[n]).abs().max().item() for k, n in (("v", "video"), ("a", "audio"))])
+        if s["method"] == "multistep":
+            out = solver.multistep(x, s["steps"], "time" if s["skip_type"] == "time_uniform" else "lambda")
+        else:
+            out = solver.singlestep3(x, s["steps"]) if s["method"] == "singlestep" else solver.adaptive2(x)
+        # The first error estimate of the ++ run is 3e-5, the size of float32's rounding: its step sizes, and so its
+        # result (0.46 away from the exact solution), carry that noise on.
+        tol = 5e-3 if s.get("thresholding") else 1e-4
+        close(out["v"], case["video"], tol), close(out["a"], case["audio"], tol)
+    # Without the slip the adaptive solver keeps its promise (tolerance 0.05) in far fewer calls.
+    calls = []
+    out = mm.DPMSolver(lambda x, t: (calls.append(t), eps(x, t))[1], abar, x0=False).adaptive2(x)
+    assert (out["v"] - d["exact_ode"]["video"]).abs().max() < 0.05 and len(calls) < 100
+    # One clip is as good as two.
+    one = mm.DPMSolver(eps, abar).multistep({k: v[:1] for k, v in x.items()}, 20)
+    both = mm.DPMSolver(eps, abar).multistep(x, 20)
+    close(one["v"], both["v"][:1], 1e-6)
+
+
+def recipe_noise(name, shape):
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+    return torch.from_numpy(z.astype(np.float32))
+
+
+def coupled_eps(x, t):
+    """The analytic network of the samplers' golden file: both modalities enter both outputs."""
+    v, a = x["v"], x["a"]
+    frames, n = v.shape[1], a.shape[-1] // v.shape[1]
+    mean_a, mean_v = a.flatten(1).mean(1), v.flatten(1).mean(1)
+    eps_v = 0.9 * v + 0.2 * mean_a.view(-1, 1, 1, 1, 1) + 0.001 * t
+    eps_v = eps_v + 0.05 * a[:, 0, :frames].view(-1, frames, 1, 1, 1)
+    eps_a = 0.8 * a + 0.3 * mean_v.sin().view(-1, 1, 1) - 0.001 * t
+    eps_a = eps_a + 0.1 * v.flatten(2).mean(2).repeat_interleave(n, 1)[:, None]
+    return {"v": eps_v, "a": eps_a}
+
+
+@files("samplers_zero_shot")
+def test_ddpm_and_ddim(path):
+    d = load(path)
+    x = {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
+    process = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"])))
+    close(process.betas, torch.tensor(d["betas_T50"], dtype=torch.float64), 1e-12)
+    close(process.abar, torch.tensor(d["alphas_cumprod_T50"], dtype=torch.float64), 1e-12)
+    calls = iter(range(10**6))
+
+    def noise_like(v):
+        return recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
+
+    for name, sampler, steps, p in (("ddpm", mm.ddpm, None, process), ("ddim50", mm.ddim, 50, process),
+                                    ("ddim25_of_1000", mm.ddim, 25, mm.Diffusion(mm.Config()))):
+        out = sampler(coupled_eps, x, p, noise_like, steps)
+        close(out["v"], d["cases"][name]["video"]), close(out["a"], d["cases"][name]["audio"])
+
+
+@files("mm_unet", without=("shift", "recipe.", "noss", "tiny."))
+def test_training_loss(path):
+    d = load(path)
+    net, process = unet_of(d), mm.Diffusion(mm.Config(random_shift=False))
+    process.noise = lambda *_: (torch.zeros(2), {"v": d["train_noise_video"], "a": d["train_noise_audio"]})
+    batch = {"video": d["train_x0_video"], "audio": d["train_x0_audio"], "key": torch.zeros(2), "step": 0,
+             "u": (d["timesteps"] + 0.5) / 1000}
+    loss, parts = process.loss(net, batch)
+    assert loss.item() == pytest.approx(d["train_terms"]["loss"].mean().item(), rel=1e-4)
+    assert parts["video"].item() == pytest.approx(d["train_terms"]["mse_video"].mean().item(), rel=1e-4)
+    assert parts["audio"].item() == pytest.approx(d["train_terms"]["mse_audio"].mean().item(), rel=1e-4)
