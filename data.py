@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -51,9 +52,9 @@ SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.
 
 
 def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
-    """Clip `index` of the endless data set `seed`. "label" is an index into SCENES; "events" (float32, s) are
-    moments that both streams mark: impacts (bounce, collide), turning points (glide), greatest radius (pulse)
-    or density (rain). The frame of an impact shows it on a brighter background, other frames their middle."""
+    """Clip `index` of the endless data set `seed`. "label" is an index into SCENES; "events" (float32, s) are moments
+    that both streams mark: impacts (bounce, collide), turning points (glide), greatest radius (pulse) or density
+    (rain). The frame of an impact shows it on a brighter background, other frames their middle."""
     rng = np.random.default_rng([seed, index])
     label = SCENES.index(scenes[index % len(scenes)])  # in turn, which balances the batches
     color, back, which = rng.choice(list(COLORS)), rng.choice(list(BACKS)), rng.integers(3)
@@ -204,8 +205,8 @@ class PreparedClips(torch.utils.data.Dataset):
 
 def open_dataset(name, split="train", frames=16, size=32, fps=10, rate=8000, seed=0):
     """Split "train" or "val" of "toy", "toy:bounce,glide" (some scenes), or a set prepared in datasets/.
-    dataset[i] depends on (seed, split, i) only; train: any i >= 0, val: i < len(dataset). A prepared set also
-    gives any size and rate that divide its own. Raises UserError for an unknown name or unfit clips."""
+    dataset[i] depends on (seed, split, i) only; train: any i >= 0, val: i < len(dataset). A prepared set also gives
+    any size and rate that divide its own. Raises UserError for an unknown name or unfit clips."""
     toy, _, scenes = name.partition(":")
     scenes = tuple(scenes.split(",")) if scenes else SCENES
     if split not in ("train", "val") or not set(scenes) <= set(SCENES):
@@ -229,17 +230,21 @@ def make_batch(dataset, seed, batch_size, numbers):
 
 
 def loader(dataset, batch_size, first_step, last_step, rank=0, world=1, workers=0, seed=0):
-    """Iterate over the batches of steps first_step ... last_step - 1, made by `workers` processes (0: this).
-    Step s is clips s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` gets the r-th part.
-    Dropping the iterator ends the workers. Raises UserError when batch_size is not a multiple of world."""
+    """Iterate over the batches of steps first_step ... last_step - 1, made by `workers` processes (0: this). Step s is
+    clips s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` gets the r-th part. Dropping the iterator ends
+    the workers. Raises UserError when batch_size is not a multiple of world."""
     if batch_size % world:
         raise UserError(f"{world} processes cannot share {batch_size} clips: use a multiple of {world}.")
     b, end = batch_size // world, last_step * batch_size
     # An item is the whole batch of a step, made from its clip numbers: the number of workers changes nothing.
     parts = (slice(i, i + b) for i in range(first_step * batch_size + rank * b, end, batch_size))
-    make = functools.partial(make_batch, dataset, seed, batch_size)
-    return iter(torch.utils.data.DataLoader(range(end), sampler=parts, batch_size=None, collate_fn=make,
-                                            num_workers=workers, pin_memory=torch.cuda.is_available()))
+    options = {"collate_fn": functools.partial(make_batch, dataset, seed, batch_size), "worker_init_fn": _ignore_ctrl_c}
+    return iter(torch.utils.data.DataLoader(range(end), sampler=parts, batch_size=None, num_workers=workers,
+                                            pin_memory=torch.cuda.is_available(), **options))
+
+
+def _ignore_ctrl_c(worker):  # it reaches every process of a terminal: the trainer alone answers, and ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
@@ -250,8 +255,8 @@ def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
 
 
 def to_device(batch, device):
-    """The batch on `device`; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
-    out = {k: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for k, x in batch.items()}
+    """The batch on `device` (but key, which seeds from the host); video float (B, F, 3, H, W) in [-1, 1], audio (B, 1, L)."""
+    out = {k: x.to(device, non_blocking=True) if torch.is_tensor(x) and k != "key" else x for k, x in batch.items()}
     out["video"] = out["video"].permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1  # (B, F, 3, H, W)
     return {**out, "audio": out["audio"].float()[:, None]}  # (B, 1, L)
 
@@ -361,9 +366,9 @@ def film_strip(path, video, audio, fps, rate):
 
 
 # ---- Your videos -> datasets/NAME --------------------------------------------------------------------------
-# meta.json, clips.jsonl (a line per segment), files.jsonl (one per source),
-# shards/ (two .npy per segment: uint8 frames, int16 sound). Arrays appear whole, by os.replace, and the lines
-# of a source after them: an interrupted run leaves nothing broken, and the same command goes on.
+# meta.json, clips.jsonl (a line per segment), files.jsonl (one per source), shards/ (two .npy per segment: uint8
+# frames, int16 sound). Arrays appear whole, by os.replace, and the lines of a source after them: an interrupted
+# run leaves nothing broken, and the same command goes on.
 
 ENDINGS = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 SETTINGS = {"size": (64, "pixels"), "fps": (10, "frames per second"), "rate": (16000, "Hz"),

@@ -1,35 +1,35 @@
-"""MM-Diffusion: a coupled U-Net that denoises video and audio together (Ruan et al. 2023, arXiv 2212.09478).
+"""MM-Diffusion: a coupled U-Net that denoises video and its sound together (Ruan et al. 2023, arXiv 2212.09478).
 
-Video and its sound are noised independently and denoised by one network of two U-Nets, one over pixels, one over the
-waveform, which look at each other by cross-attention inside a window of a few frames. The window is shifted at random
-in every call, so that over the many calls of sampling each frame meets all of the sound at a small cost per call.
+Video and audio are noised independently and denoised by one network: two U-Nets, over pixels and over the waveform,
+which look at each other through cross-attention inside a window of a few frames. The window is shifted at random in
+every call, so that over the many calls of sampling each frame meets all of the sound, at a small cost per call.
 
-    noisy video (B, F, 3, H, W)              noisy audio (B, 1, L)              step t (B,)
-        | conv 2-D, then 1-D over time           | conv 1-D                         | sinusoids, MLP
-    v (B, F, H, W, C)                        a (B, L, C)                        emb (B, width)
-        |                                        |                                  |
-    [ MM-block: norm, SiLU, conv (2+1)-D ... norm, SiLU, dilated conv ... each FiLM'ed by emb, residual ]  x res_blocks
-    [ cross-attention: frame i <-> the L / F audio samples of frames i+R ... i+R+S-1           (eq. 8) ]
-        | H, W / 2                               | L / 4        ... down to the lowest scale, and back up with skips
-    predicted noise (B, F, 3, H, W)          predicted noise (B, 1, L)
+    noisy video (B, F, 3, H, W)        noisy audio (B, 1, L)               step t (B,)
+        | conv 2-D, then 1-D in time       | conv 1-D                          | sinusoids, MLP
+    v (B, F, H, W, C)                  a (B, L, C)                         emb (B, width)
+        |                                  |                                   |
+    [ MM-block: residual 2+1-D convs | residual dilated convs, both modulated by emb; self-attention ] x res_blocks
+    [ cross-attention: frame i <-> the L / F audio samples of each frame i+R ... i+R+S-1     (eq. 8) ]
+        | H, W / 2                         | L / 4    ... and again, down to the lowest scale, then back up with skips
+    predicted noise (B, F, 3, H, W)    predicted noise (B, 1, L)
 
-    python mm_diffusion.py                                    # toy: @TOYTIME@
-    torchrun --nproc_per_node=4 mm_diffusion.py --data concerts         # your videos, once `data.py prepare` has read them
-    python sample.py --model mm_diffusion                               # mp4, wav, film strips and a page of them
+    python mm_diffusion.py                                          # @TOY@
+    torchrun --nproc_per_node=4 mm_diffusion.py --data concerts     # your videos, after `python data.py prepare`
+    python sample.py --model mm_diffusion                           # mp4, wav, film strips, and a page of them
 
-Differs from the released code, on purpose: 1. the shift R is drawn once per call, the same in forward and backward,
-from a generator (there: again in backward, and from Python's global one). 2. Sampling is a function of the seed, any
-batch size works. 3. Its DPM-Solver's slip in the first-order audio step is mended. 4. No clip is mirrored. 5. Gradients
-of --grad_accum parts are averaged (there: summed). 6. "up" blocks work at the low resolution and copy at the end.
-The toy preset lets the network predict v (--prediction v), not the noise: coherent colors in minutes instead of hours.
+Differs from the released code, on purpose: 1. the shift R is drawn once per call from a generator, so it is the same
+in forward and backward, on all processes, and in every run. 2. Sampling is a function of the seed; any batch size
+works. 3. The slip in its solver's first-order audio step is mended. 4. Clips are not mirrored. 5. Gradients of
+--grad_accum parts are averaged, not summed. 6. "up" blocks work at the low resolution and copy at their end.
+7. The presets toy and small predict v instead of the noise: coherent clips come far sooner.
 
-The paper is silent or at odds with its code on: 1. parameters: 115.13M in the text, 133,675,524 in the code, which we
-match; no reading of it gives the former. 2. Audio self-attention is said to be deleted, but stands in the middle
-blocks; so does a cross-attention over the whole clip, for windows 1,4,8 only. 3. 64 channels a head hold for
-cross-attention; self-attention has 4 heads. 4. Dilations run 2, 4, ... 512, 1, 2, ..., not 1 ... 2^10. 5. The block's
-second convolution is 1x1. 6. Space is convolved before time. 7. The sampler: "second-order, multistep, adaptive" are
-two modes; we default to multistep (--sampler dpm), and have the two released ones (dpm3, dpm_adaptive), ddim and ddpm.
-8. lambda(t) of eq. 7 is 1. 9. The noise of eq. 1 has variance beta_t, not 1. Where they differ we follow the code.
+The paper is silent or at odds with its code on the following; we do as the code. 1. Parameters: 115.13M in the text;
+the code has 133,675,524, and no reading of it gives the former. 2. Audio self-attention, said to be deleted, is in both
+middle blocks; between them stands a cross-attention over the whole clip, if the windows are 1,4,8. 3. "64 channels a
+head" holds for cross-attention; self-attention has 4 heads. 4. Dilations run 2, 4, ... 512, 1, 2, ..., not 1 ... 2^10.
+5. The second convolution of a block is 1x1; space comes before time. 6. "Second-order, multistep, adaptive" names two
+samplers: --sampler dpm is multistep and our default, dpm3 and dpm_adaptive are the released ones. 7. lambda(t) of
+eq. 7 is 1; the noise of eq. 1 has variance beta_t.
 """
 import argparse
 import copy
@@ -54,9 +54,7 @@ from tqdm import tqdm
 
 import data
 
-# ------------------------------------------------------------------------------------------------------------
-# Config
-# ------------------------------------------------------------------------------------------------------------
+# ---- Config
 
 @dataclass
 class Config:
@@ -114,10 +112,9 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(size=32, rate=8000, width=16, mult=(1, 2, 4, 8), res_blocks=1, norm_groups=8, heads=1,
-                cross_head_dim=32, video_attention=(4, 8), dropout=0.0, prediction="v", steps=600, batch_size=8,
-                lr=2e-3, lr_end=0.1, warmup=20, clip=1.0, ema=0.99, val_every=200, val_clips=32, save_every=100,
-                sample_every=300),
+    "toy": dict(size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, heads=1, cross_head_dim=16,
+                video_attention=(4, 8), dropout=0.0, prediction="v", steps=600, batch_size=4, lr=3e-3, lr_end=0.1,
+                warmup=20, clip=1.0, ema=0.99, val_every=200, val_clips=32, save_every=100, sample_every=300),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="v", steps=10000, batch_size=16, lr=3e-4, lr_end=0.1,
                   warmup=200, clip=1.0, ema=0.999),
     "paper": dict(),
@@ -133,7 +130,7 @@ def parse(argv=None, base=None):
         return tuple(int(x) for x in text.split(",") if x)
 
     def bool_(text):
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return bool(("false", "true").index(text.lower()))
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
@@ -142,8 +139,9 @@ def parse(argv=None, base=None):
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument("--" + f.name, type={tuple: ints, bool: bool_}.get(f.type, f.type), choices=choices.get(f.name),
-                            metavar=f.type.__name__, default=argparse.SUPPRESS, help=f"{remarks[f.name]} [{default}]")
+        kind = {tuple: ints, bool: bool_}.get(f.type, f.type)
+        parser.add_argument("--" + f.name, type=kind, choices=choices.get(f.name), metavar=f.type.__name__,
+                            default=argparse.SUPPRESS, help=f"{remarks[f.name]} [{default}]")
     given = vars(parser.parse_args(argv))
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
@@ -158,53 +156,43 @@ def parse(argv=None, base=None):
 
 def check(cfg):
     """The first thing wrong with a config, as a sentence, or None."""
-    parts, scales = int(os.environ.get("WORLD_SIZE", 1)) * max(cfg.grad_accum, 1), 2 ** (len(cfg.mult) - 1)
+    for f in dataclasses.fields(cfg):
+        if f.type is int and getattr(cfg, f.name) < (0 if f.name in ("warmup", "workers", "seed") else 1):
+            return f"--{f.name} {getattr(cfg, f.name)} is too small"
+    if not cfg.mult or min(cfg.mult) < 1:
+        return "--mult needs whole numbers of 1 or more"
+    parts, scales = int(os.environ.get("WORLD_SIZE", 1)) * cfg.grad_accum, 2 ** (len(cfg.mult) - 1)
     widths, length = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}, cfg.frames * cfg.rate / cfg.fps
     crossed = [widths.get(f, 0) for f in cfg.cross_attention]
-    attended = [widths.get(f, 0) for f in (*cfg.video_attention, 2 ** (len(cfg.mult) - 1))]
+    attended = [widths.get(f, 0) for f in (*cfg.video_attention, scales)]
     rules = {
-        "counts and intervals must be 1 or more": all(getattr(cfg, k) > 0 for k in POSITIVE),
-        f"--batch_size {cfg.batch_size} does not divide by {parts} (processes x --grad_accum)": cfg.batch_size % parts == 0,
-        f"--size must divide by {scales}: --mult has {len(cfg.mult)} scales": cfg.size % scales == 0,
-        f"--frames * --rate / --fps, the audio samples of a clip, is {length:g} but must be a multiple of {scales ** 2}: "
-        f"--mult has {len(cfg.mult)} scales": length % scales ** 2 == 0,
-        "--norm_groups must divide every width (--width * --mult)": all(w % cfg.norm_groups == 0 for w in widths.values()),
-        f"attention is possible at the factors {', '.join(map(str, widths))}": all([*crossed, *attended]),
-        "--windows needs one window for each factor of --cross_attention": len(cfg.windows) == len(crossed),
-        f"--windows must lie between 1 and --frames ({cfg.frames})": all(0 < w <= cfg.frames for w in cfg.windows),
-        "--cross_head_dim must divide the widths of cross-attention": all(w % cfg.cross_head_dim == 0 for w in crossed),
-        "--heads must divide the widths of self-attention": all(w % cfg.heads == 0 for w in attended),
-        "--diffusion_steps must be 25 or more: with fewer the last betas exceed 1": cfg.diffusion_steps >= 25,
+        f"--batch_size {cfg.batch_size} does not divide by {parts} (processes x --grad_accum)": cfg.batch_size % parts,
+        f"--size must divide by {scales}: --mult has {len(cfg.mult)} scales": cfg.size % scales,
+        f"--frames * --rate / --fps is {length:g} audio samples but must be a multiple of {scales ** 2}: "
+        f"--mult has {len(cfg.mult)} scales": length % scales ** 2,
+        "--norm_groups must divide every width (--width * --mult)": any(w % cfg.norm_groups for w in widths.values()),
+        f"attention is possible at the factors {', '.join(map(str, widths))}": not all([*crossed, *attended]),
+        "--windows needs one window for each factor of --cross_attention": len(cfg.windows) != len(crossed),
+        f"--windows must lie between 1 and --frames ({cfg.frames})": any(not 0 < w <= cfg.frames for w in cfg.windows),
+        "--cross_head_dim must divide the widths of cross-attention": any(w % cfg.cross_head_dim for w in crossed),
+        "--heads must divide the widths of self-attention": any(w % cfg.heads for w in attended),
+        "--diffusion_steps must be 25 or more: with fewer the last betas exceed 1": cfg.diffusion_steps < 25,
     }
-    return next((sentence for sentence, good in rules.items() if not good), None)
-
-
-POSITIVE = ("frames", "size", "fps", "rate", "width", "res_blocks", "steps", "batch_size", "grad_accum", "log_every",
-            "val_every", "val_clips", "save_every", "sample_every", "samples", "sample_steps")
-
-
-def say(message):
-    """Print once, however many processes run."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
+    return next((sentence for sentence, wrong in rules.items() if wrong), None)
 
 
 def die(message):
     """End with one sentence on stderr, printed once however many processes run."""
     if int(os.environ.get("RANK", 0)):
         time.sleep(5)                # torchrun stops all processes when the first one ends: let rank 0 speak
-        sys.exit(1)
-    sys.exit(message)
+    sys.exit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model. Inside, features are channels-last: video (B, F, H, W, C), audio (B, L, C). So 1x1 convolutions and
+# ---- Model. Inside, features are channels-last: video (B, F, H, W, C), audio (B, L, C). So 1x1 convolutions and
 # attention need no copies and 2-D kernels run in their fast layout; parameters keep the released names and shapes.
-# ------------------------------------------------------------------------------------------------------------
 
 class Norm(nn.Module):
     """Group norm of channels-last features (B, ..., C): over a group's channels and all between B and C."""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.GroupNorm = nn.GroupNorm(groups, channels)
@@ -214,19 +202,13 @@ class Norm(nn.Module):
         return self.GroupNorm(flat).permute(0, 2, 3, 1).reshape(x.shape)
 
 
-class Pointwise(nn.Conv1d):
-    """1x1 convolution of channels-last features: (B, ..., I) -> (B, ..., O)."""
-
-    def __init__(self, i, o):
-        super().__init__(i, o, 1)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.flatten(1), self.bias)
+def pointwise(conv, x):
+    """A convolution of kernel 1 on channels-last features: (B, ..., I) -> (B, ..., O)."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class AudioConv(nn.Module):
     """Dilated 1-D convolution: (B, L, I) -> (B, L, O)."""
-
     def __init__(self, i, o, kernel, dilation=1):
         super().__init__()
         self.audio_conv = nn.Conv1d(i, o, kernel, padding=kernel // 2 * dilation, dilation=dilation)
@@ -234,7 +216,7 @@ class AudioConv(nn.Module):
     def forward(self, a):
         conv = self.audio_conv
         if conv.kernel_size == (1,):
-            return F.linear(a, conv.weight.flatten(1), conv.bias)
+            return pointwise(conv, a)
         a = a.unsqueeze(1).permute(0, 3, 1, 2)                                   # (B, I, 1, L)
         a = F.conv2d(a, conv.weight.unsqueeze(2), conv.bias, 1, (0, *conv.padding), (1, *conv.dilation))
         return a.permute(0, 2, 3, 1).squeeze(1)                                  # (B, L, O)
@@ -242,7 +224,6 @@ class AudioConv(nn.Module):
 
 class VideoConv(nn.Module):
     """2-D convolution over space, then 1-D over time, nothing between: (B, F, H, W, I) -> (B, F, H, W, O)."""
-
     def __init__(self, i, o, kernel=3):
         super().__init__()
         self.video_conv_spatial = nn.Conv2d(i, o, kernel, padding=kernel // 2)
@@ -259,14 +240,13 @@ class VideoConv(nn.Module):
 
 class VideoConv3d(nn.Module):
     """3-D convolution, (B, F, H, W, I) -> (B, F, H, W, O): the head (kernel 3) and all 1x1x1 projections."""
-
     def __init__(self, i, o, kernel):
         super().__init__()
         self.video_conv = nn.Conv3d(i, o, kernel, padding=kernel // 2)
 
     def forward(self, v):
         if self.video_conv.kernel_size == (1, 1, 1):
-            return F.linear(v, self.video_conv.weight.flatten(1), self.video_conv.bias)
+            return pointwise(self.video_conv, v)
         return self.video_conv(v.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
@@ -285,17 +265,16 @@ def attend(q, k, v, heads):
 
 class SelfAttention(nn.Module):
     """x + proj(attention(norm(x))) over tokens (B, N, C). Positions are known from the convolutions' padding alone."""
-
     def __init__(self, channels, heads, groups):
         super().__init__()
         self.heads = heads
         self.norm = Norm(channels, groups)
-        self.qkv = Pointwise(channels, 3 * channels)
-        self.proj_out = zeroed(Pointwise(channels, channels))
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)                        # (B, N, C) each
-        return x + self.proj_out(attend(q, k, v, self.heads))
+        q, k, v = pointwise(self.qkv, self.norm(x)).chunk(3, dim=-1)             # (B, N, C) each
+        return x + pointwise(self.proj_out, attend(q, k, v, self.heads))
 
 
 def resample(v, a, how):
@@ -310,8 +289,7 @@ def resample(v, a, how):
 
 
 class ResBlock(nn.Module):
-    """MM-block (figure 3b): one residual block for video and one for audio, driven by the same time embedding."""
-
+    """MM-block (figure 3b): a residual block for video and one for audio, driven by the same time embedding."""
     def __init__(self, i, o, cfg, dilation, how=None, video_attention=False, audio_attention=False):
         super().__init__()
         self.how, self.dropout, g = how, cfg.dropout, cfg.norm_groups
@@ -347,21 +325,18 @@ class ResBlock(nn.Module):
         if late:
             v, a = resample(v, a, self.how)
         if self.spatial_attention_block is not None:
-            v = self.video_attention(v)
+            v = self.spatial_attention_block(v.flatten(0, 1).flatten(1, 2)).reshape(v.shape)     # within each frame
+            x = v.flatten(2, 3).transpose(1, 2)                                                  # (B, H*W, F, C)
+            x = self.temporal_attention_block(x.flatten(0, 1)).reshape(x.shape)                  # within each pixel
+            v = x.transpose(1, 2).reshape(v.shape)
         if self.audio_attention_block is not None:
             a = self.audio_attention_block(a)
         return v, a
 
-    def video_attention(self, v):
-        B, frames, H, W, C = v.shape
-        v = self.spatial_attention_block(v.reshape(B * frames, H * W, C))        # each frame over its pixels
-        v = v.reshape(B, frames, H * W, C).transpose(1, 2).reshape(B * H * W, frames, C)
-        v = self.temporal_attention_block(v)                                     # each pixel over the frames
-        return v.reshape(B, H * W, frames, C).transpose(1, 2).reshape(B, frames, H, W, C)
 
 
 def modulated(layers, h, p):
-    """`layers` on h, whose first one, a norm, is followed by FiLM: norm(h) (1 + scale) + shift, or preceded by h + p."""
+    """`layers` on h. Their first, a norm, is followed by FiLM, norm(h) (1 + scale) + shift, or preceded by h + p."""
     norm, *rest = layers
     p = p.reshape(p.shape[0], *[1] * (h.dim() - 2), -1)                          # (B, 1, ..., 2*O or O)
     if p.shape[-1] == h.shape[-1]:
@@ -388,22 +363,21 @@ def windows(x, count, span, R):
 class CrossAttention(nn.Module):
     """Random-shift multi-modal attention (RS-MMA, eq. 8-9): frame i attends to the audio of frames i+R ... i+R+S-1,
     modulo F, and the audio of frame i to those frames. window None: to the whole clip, no shift."""
-
     def __init__(self, channels, cfg, window):
         super().__init__()
         self.window, self.heads = window, channels // cfg.cross_head_dim
         self.v_norm = Norm(channels, cfg.norm_groups)
         self.a_norm = Norm(channels, cfg.norm_groups)
-        self.v_qkv = Pointwise(channels, 3 * channels)
-        self.a_qkv = Pointwise(channels, 3 * channels)
+        self.v_qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.a_qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.video_proj_out = zeroed(VideoConv3d(channels, channels, 1))
         self.audio_proj_out = zeroed(AudioConv(channels, channels, 1))
 
     def forward(self, v, a, R):
         (B, frames, H, W, C), L = v.shape, a.shape[1]
         S, n = self.window or frames, L // frames
-        vq, vkv = self.v_qkv(self.v_norm(v)).flatten(1, 3).split((C, 2 * C), dim=-1)    # (B, F*H*W, C and 2C)
-        aq, akv = self.a_qkv(self.a_norm(a)).split((C, 2 * C), dim=-1)                  # (B, L, C and 2C)
+        vq, vkv = pointwise(self.v_qkv, self.v_norm(v)).flatten(1, 3).split((C, 2 * C), dim=-1)    # (B, F*H*W, C | 2C)
+        aq, akv = pointwise(self.a_qkv, self.a_norm(a)).split((C, 2 * C), dim=-1)                  # (B, L, C | 2C)
         if S == frames and L % frames == 0:      # every window is the whole clip: nothing to gather
             hv = attend(vq, *akv.chunk(2, dim=-1), self.heads)
             ha = attend(aq, *vkv.chunk(2, dim=-1), self.heads)
@@ -420,13 +394,12 @@ class CrossAttention(nn.Module):
 
 class Stem(nn.Module):
     """Pixels (B, F, H, W, 3) and waveform (B, L, 1) -> base channels."""
-
     def __init__(self, o, cfg):
         super().__init__()
         self.video_conv = VideoConv(3, o) if "v" in cfg.streams else None
         self.audio_conv = AudioConv(1, o, 3) if "a" in cfg.streams else None
 
-    def forward(self, v, a, _):
+    def forward(self, v, a, emb):
         return None if v is None else self.video_conv(v), None if a is None else self.audio_conv(a)
 
 
@@ -440,7 +413,6 @@ def time_embedding(t, dim):
 class CoupledUNet(nn.Module):
     """The coupled U-Net (figure 3a). Per scale res_blocks MM-blocks, each followed by cross-attention where the scale
     has it, and one that downsamples; back up with one block more per scale, each given the encoder's features."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -477,12 +449,9 @@ class CoupledUNet(nn.Module):
                 if factor > 1 and i == cfg.res_blocks:
                     entries[-1].append(ResBlock(c, c, cfg, 2 ** (k % 10), "up"))
         self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
-
-        def head(conv):
-            return nn.Sequential(Norm(c, cfg.norm_groups), nn.SiLU(), zeroed(conv))
-
-        self.audio_out = head(AudioConv(c, 1, 3)) if "a" in cfg.streams else None
-        self.video_out = head(VideoConv3d(c, 3, 3)) if "v" in cfg.streams else None
+        g, audio, video = cfg.norm_groups, "a" in cfg.streams, "v" in cfg.streams
+        self.audio_out = nn.Sequential(Norm(c, g), nn.SiLU(), zeroed(AudioConv(c, 1, 3))) if audio else None
+        self.video_out = nn.Sequential(Norm(c, g), nn.SiLU(), zeroed(VideoConv3d(c, 3, 3))) if video else None
 
     def draw_shifts(self, frames, generator=None):
         """A shift R for each cross-attention in the order they run, uniform in 0 ... F - S -> (blocks,) int64."""
@@ -493,7 +462,9 @@ class CoupledUNet(nn.Module):
     def forward(self, v, a, t, shifts=None):
         """Noisy v (B, F, 3, H, W) and a (B, 1, L), steps t (B,), shifts from draw_shifts (None: drawn here) -> the
         prediction for each, float32, of the same shapes. A stream that the network lacks is None."""
-        R = iter(self.draw_shifts(self.cfg.frames if v is None else v.shape[1]).to(t.device) if shifts is None else shifts)
+        if shifts is None:
+            shifts = self.draw_shifts(self.cfg.frames if v is None else v.shape[1]).to(t.device)
+        R = iter(shifts)
         emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, width)
         v = None if v is None else v.permute(0, 1, 3, 4, 2).contiguous()         # (B, F, H, W, 3)
         a = None if a is None else a.transpose(1, 2)                             # (B, L, 1)
@@ -518,12 +489,7 @@ class CoupledUNet(nn.Module):
         return v, a
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Process: schedule, loss, samplers. A state x is a dict of the streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
-# ------------------------------------------------------------------------------------------------------------
-
-STREAMS = {"v": "video", "a": "audio"}
-
+# ---- Process: schedule, loss, samplers. A state x is a dict of the streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
 
 def mix(*terms):
     """mix((c1, x1), (c2, x2), ...) = c1 x1 + c2 x2 + ..., stream by stream."""
@@ -538,11 +504,13 @@ def unwrapped(model):
 
 class Diffusion:
     """Eq. 1-7: the schedule that video and audio share, the training loss, the network as a noise estimate."""
-
+    names = {"v": "video", "a": "audio"}
     def __init__(self, cfg):
-        self.T, self.streams, self.seed, self.predicts_v = cfg.diffusion_steps, cfg.streams, cfg.seed, cfg.prediction == "v"
+        self.T, self.streams, self.seed = cfg.diffusion_steps, cfg.streams, cfg.seed
+        self.predicts_v = cfg.prediction == "v"
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
         self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
+        self.levels = self.abar.float()
 
     def noise(self, keys, shapes, device):
         """A noise level u (B,) in [0, 1) and noise per clip, each from the clip's own key: the same however the clips
@@ -561,14 +529,14 @@ class Diffusion:
 
         batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1], key (B,), step; u (B,) to set the noise levels.
         """
-        x0 = {k: batch[STREAMS[k]] for k in STREAMS if k in self.streams}
+        x0 = {k: batch[name] for k, name in self.names.items() if k in self.streams}
         device, frames = batch["video"].device, batch["video"].shape[1]
         u, eps = self.noise(batch["key"], {k: x.shape[1:] for k, x in x0.items()}, device)
+        self.levels = self.levels.to(device)                                     # abar, once on the device
         t = (batch.get("u", u) * self.T).long()                                  # (B,) uniform in 0 ... T-1
         if self.predicts_v and "u" not in batch:     # the linear schedule is all but noise for a third of its steps
-            angles = torch.acos(self.abar.sqrt()).to(device, torch.float32)
-            t = torch.searchsorted(angles, u * (math.pi / 2)).clamp(max=self.T - 1)
-        abar = self.abar.to(device, torch.float32)[t]                            # (B,)
+            t = torch.searchsorted(self.levels.sqrt().acos(), u * (math.pi / 2)).clamp(max=self.T - 1)
+        abar = self.levels[t]                                                    # (B,)
         signal = {k: abar.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()}
         sigma = {k: (1 - s * s).sqrt() for k, s in signal.items()}
         xt = {k: signal[k] * x0[k] + sigma[k] * eps[k] for k in x0}              # eq. 5, t times
@@ -578,7 +546,8 @@ class Diffusion:
         target = {k: signal[k] * eps[k] - sigma[k] * x0[k] for k in x0} if self.predicts_v else eps
         error = {k: (out[k] - target[k]).square().flatten(1).mean(1) for k in x0}    # (B,)
         scale = abar if self.predicts_v else 1                                   # |eps' - eps|^2 = abar |v' - v|^2
-        return sum(e.mean() for e in error.values()), {STREAMS[k]: (scale * e).detach().mean() for k, e in error.items()}
+        parts = {self.names[k]: (scale * e).detach().mean() for k, e in error.items()}
+        return sum(e.mean() for e in error.values()), parts
 
     def denoiser(self, model, draw):
         """eps(x, t): the network's noise estimate for a state at step t, a number. draw: generator of the shifts."""
@@ -599,7 +568,8 @@ def estimate_x0(x, eps, abar):
 def ddpm(eps_fn, x, process, noise_like, steps=None):
     """Ancestral sampling, eq. 3-6, with variance beta_t: T network calls. noise_like(tensor) draws normal noise."""
     for t in reversed(range(process.T)):
-        abar, before, beta = float(process.abar[t]), float(process.abar[t - 1]) if t else 1.0, float(process.betas[t])
+        abar, beta = float(process.abar[t]), float(process.betas[t])
+        before = float(process.abar[t - 1]) if t else 1.0
         x0 = estimate_x0(x, eps_fn(x, t), abar)
         x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
         if t:
@@ -621,7 +591,6 @@ def ddim(eps_fn, x, process, noise_like, steps=25):
 class DPMSolver:
     """DPM-Solver and DPM-Solver++ (Lu et al. 2022): the probability-flow ODE in lambda = log(alpha / sigma), in which
     its linear part is solved exactly. Every coefficient is a Python float."""
-
     def __init__(self, eps_fn, abar, x0=True, threshold=None):
         """x0: integrate the x_0 estimate (++), else the noise estimate. threshold "clamp": x_0 to [-1, 1]; "dynamic":
         to the 99.5 % quantile of its absolute values where that is above 1, then divided by it (Imagen)."""
@@ -720,8 +689,8 @@ class DPMSolver:
         return x
 
 
-def dynamic_threshold(x, quantile=0.995):
-    limit = torch.quantile(x.flatten(1).abs().float(), quantile, dim=1).clamp(min=1).view(-1, *[1] * (x.dim() - 1))
+def dynamic_threshold(x):
+    limit = torch.quantile(x.flatten(1).abs().float(), 0.995, dim=1).clamp(min=1).view(-1, *[1] * (x.dim() - 1))
     return x.clamp(-limit, limit) / limit
 
 
@@ -729,21 +698,17 @@ SAMPLERS = {
     "dpm": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="clamp").multistep(x, steps),
     "dpm3": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, x0=False).singlestep3(x, steps),
     "dpm_adaptive": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="dynamic").adaptive2(x),
-    "ddim": ddim,
-    "ddpm": ddpm,
+    "ddim": ddim, "ddpm": ddpm,
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training
 
 def setup(cfg):
-    """Pick the device and, under torchrun, join the process group -> device."""
+    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device."""
     name = cfg.device
     if name == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.startswith("cuda"):
@@ -751,15 +716,9 @@ def setup(cfg):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if cfg.amp == "auto":
+        cfg.amp = "off" if not name.startswith("cuda") else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return torch.device(name)
-
-
-def amp_type(cfg, device):
-    """The autocast type, or None for float32."""
-    amp = cfg.amp
-    if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def read_checkpoint(path, device="cpu"):
@@ -844,21 +803,14 @@ def write_samples(out, step, video, audio, cfg):
 
 
 def write_row(path, row):
-    """Append to log.csv. The first row is a validation's and tells the names of the loss's parts."""
-    if not path.exists():
-        parts = [k[4:] for k in row if k.startswith("val_")]
-        columns = ["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]
-        path.write_text(",".join(columns) + "\n")
-    columns = path.read_text().split("\n", 1)[0].split(",")
-    with open(path, "a") as f:
+    """Append to log.csv. Its first row is a validation's and tells the names of the loss's parts."""
+    with open(path, "a+") as f:
+        f.seek(0)
+        if not (columns := f.readline().strip().split(","))[0]:
+            parts = [k[4:] for k in row if k.startswith("val_")]
+            columns = ["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]
+            f.write(",".join(columns) + "\n")
         f.write(",".join(f"{row[k]:.6g}" if k in row else "" for k in columns) + "\n")
-
-
-def trim_log(path, step):
-    """Drop the rows after the checkpoint that a run goes on from."""
-    if path.exists():
-        first, *rows = path.read_text().splitlines()
-        path.write_text("\n".join([first, *(r for r in rows if int(r.split(",")[0]) <= step)]) + "\n")
 
 
 def learning_rate(cfg, step):
@@ -877,13 +829,12 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, micro, device = Path(cfg.out), cfg.batch_size // world // cfg.grad_accum, next(model.parameters()).device
     ema, parameters = copy.deepcopy(model).eval().requires_grad_(False), list(model.parameters())
-    dtype = amp_type(cfg, device)
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=device.type in ("cuda", "cpu"))
-    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without asking the device in
-    # every step. The other types need only the latter, at scale 1.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0,
-                                  enabled=device.type != "mps")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)         # else float32
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without the host asking the device
+    # in every step. The other types need only the latter, at scale 1.
+    scale = 2.0 ** 16 if dtype == torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=device.type != "mps")
     run = (cfg, model, ema, optimizer, scaler)
     start = resume(out / "ckpt.pt", *run)
     net = torch.compile(model) if cfg.compile else model
@@ -911,7 +862,9 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        trim_log(out / "log.csv", start)
+        rows = (out / "log.csv").read_text().splitlines() if start and (out / "log.csv").exists() else []
+        rows = [x for x in rows if x.startswith("step") or int(x.split(",")[0]) <= start]    # up to the checkpoint
+        (out / "log.csv").write_text("".join(f"{x}\n" for x in rows))
         if start == 0:
             report(0, {})
     stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -941,8 +894,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         done, row, stop = step + 1, {}, world == 1 and bool(stopped)
         if done % cfg.log_every == 0 or done == cfg.steps:
-            counts = torch.stack([norm, skipped, streak, norm.new_tensor(len(stopped))])
-            values = torch.cat([sums / (done - since), counts])
+            values = torch.stack([*(sums / (done - since)), norm, skipped, streak, norm.new_tensor(len(stopped))])
             if world > 1:
                 dist.all_reduce(values)
             mean, *means, norm, total, in_a_row, signals = (values / world).tolist()
@@ -957,11 +909,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         bar.update()
         if rank == 0:
             report(done, row)
-            if stop and done < cfg.steps:
-                save(out / "ckpt.pt", done, *run)
         if stop:
-            bar.close()
-            say(f"Stopped at step {done}: the same command goes on from there.")
+            if rank == 0:
+                save(out / "ckpt.pt", done, *run)
+                bar.write(f"Stopped at step {done}: the same command goes on from there.")
             sys.exit(0)
     for s in old:
         signal.signal(s, old[s])
@@ -969,9 +920,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     return ema
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling and the command line
-# ------------------------------------------------------------------------------------------------------------
+# ---- Sampling and the command line
 
 @torch.no_grad()
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
@@ -979,9 +928,8 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
     the model lacks. sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or
     batch_size, but for dpm_adaptive. Raises data.UserError for a condition: this model takes none."""
-    for name, value in dict(prompt=prompt, negative_prompt=negative_prompt, label=label, guidance=guidance,
-                            video=video, audio=audio).items():
-        if value is not None:
+    for name in ("prompt", "negative_prompt", "label", "guidance", "video", "audio"):
+        if locals()[name] is not None:
             raise data.UserError(f"MM-Diffusion generates without conditions: it takes no {name}.")
     cfg, device, process = model.cfg, next(model.parameters()).device, Diffusion(model.cfg)
     shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
@@ -1038,12 +986,14 @@ def main(argv=None):
             state = read_checkpoint(cfg.init_from)
             fill(model, state.get("ema", state), cfg.init_from)
         model = model.to(device)
-        size = sum(p.numel() for p in model.parameters())
-        say(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            size = sum(p.numel() for p in model.parameters())
+            print(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
         fit(model, Diffusion(cfg).loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, seed=cfg.seed))
     except data.UserError as error:
         die(f"mm_diffusion.py: {error}")
-    say(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
 
 
 if __name__ == "__main__":
