@@ -74,8 +74,7 @@ def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
             "caption": CAPTIONS[label].format(**words), "events": events.astype(np.float32)}
 
 
-def _scene(name, rng, r, pitch, period, frames, size, fps, rate):
-    """Coverage of the objects (F, H, W) in 0 ... 1, audio (L,), and event times, some outside the clip."""
+def _scene(name, rng, r, pitch, period, frames, size, fps, rate):  # -> coverage (F, H, W), audio (L,), event times
     t, ta, end = (np.arange(frames) + 0.5) / fps, np.arange(frames * rate // fps) / rate, frames / fps
     grid, (phase, drift) = (np.arange(size) + 0.5) / size, rng.uniform(0, 1, 2)
     beats = period * (np.arange(end / period + 2) - phase)  # the first is before 0
@@ -119,8 +118,7 @@ def _scene(name, rng, r, pitch, period, frames, size, fps, rate):
     return mask, np.clip((0.03 + 0.27 * swing_a) * np.resize(noise, len(ta)), -0.99, 0.99), beats
 
 
-def _strike(ta, events, pitch, partials, decay):
-    """Something struck at `events` (sorted, the first before 0): each blow starts the decaying sound anew."""
+def _strike(ta, events, pitch, partials, decay):  # at `events`, sorted, the first before 0; each blow starts anew
     audio, starts = np.empty(len(ta), np.float32), [*np.searchsorted(ta, events), len(ta)]
     for event, a, b in zip(events, starts, starts[1:]):  # noqa: B905  one more start than events
         since = (ta[a:b] - event).astype(np.float32)
@@ -130,7 +128,7 @@ def _strike(ta, events, pitch, partials, decay):
 
 
 def _tone(f, rate):
-    """A tone of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate."""
+    # Of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate.
     cycles = (np.cumsum(f, dtype=np.float64) - (f + f[0]) / 2) / rate
     phase = tau * (cycles - np.floor(cycles)).astype(np.float32)
     return sum(np.float32(level) * np.sin(np.float32(ratio) * phase) for ratio, level in SUNG)
@@ -153,8 +151,8 @@ class ToyClips(torch.utils.data.Dataset):
 
 
 class PreparedClips(torch.utils.data.Dataset):
-    """Windows of the segments in datasets/NAME: disjoint ones in order (val), random ones (train). len()
-    counts the disjoint ones. Files are mapped when a clip is read, so none stays open."""
+    """Windows of the segments in datasets/NAME: disjoint ones in order (val), random ones (train); len() counts the
+    former. Files are mapped when a clip is read, so none stays open."""
 
     def __init__(self, name, val, frames, size, fps, rate, seed):
         self.folder, self.val, self.seed, self.kind = ROOT / name, val, seed, (frames, size, rate)
@@ -168,8 +166,7 @@ class PreparedClips(torch.utils.data.Dataset):
                             f"`data.py prepare FOLDER --name NAME --size {size} --fps {fps} --rate {rate}`.")
         clips = read_lines(self.folder, "clips*.jsonl", "shard").values()
         self.labels, sources = sorted({c["label"] for c in clips}), {c["source"] for c in clips}
-        # If no file held out turned out to be good, another one takes its place.
-        held_out = {c["source"] for c in clips if c["split"] == "val"} or {max(sources, default="")}
+        held_out = {c["source"] for c in clips if c["split"] == "val"} or {max(sources, default="")}  # if none was good
         self.clips = [c for c in clips if (c["source"] in held_out) == val and c["frames"] >= frames]
         if not self.clips:
             raise UserError(f"{self.folder} has no clips of {frames} frames for {'val' if val else 'train'}: "
@@ -248,14 +245,14 @@ def _ignore_ctrl_c(worker):  # it reaches every process of a terminal: the train
 
 
 def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
-    """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn: together they
-    see each clip once. A rank's batch is batch_size // world clips; its last may be smaller."""
+    """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn: together they see each
+    clip once. A rank's batch is batch_size // world clips; its last may be smaller."""
     mine, b = range(rank, min(n, len(dataset)), world), max(1, batch_size // world)
     return [make_batch(dataset, seed, batch_size, mine[i:i + b]) for i in range(0, len(mine), b)]
 
 
 def to_device(batch, device):
-    """The batch on `device` (but key, which seeds from the host); video float (B, F, 3, H, W) in [-1, 1], audio (B, 1, L)."""
+    """The batch on `device`, but for key; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
     out = {k: x.to(device, non_blocking=True) if torch.is_tensor(x) and k != "key" else x for k, x in batch.items()}
     out["video"] = out["video"].permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1  # (B, F, 3, H, W)
     return {**out, "audio": out["audio"].float()[:, None]}  # (B, 1, L)
@@ -268,9 +265,9 @@ def to_uint8(video):
 
 # ---- Clips in and out --------------------------------------------------------------------------------------
 def save_clip(path, video, audio, fps, rate):
-    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264, AAC, for any browser), or .wav
-    when video is None; audio may be None too. Sound is cut or zero-padded to F * rate // fps samples; an odd
-    height or width gains a copy of its last line. Raises UserError for another file ending."""
+    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264, AAC, for any browser), or .wav when
+    video is None; audio may be None too. Sound is cut or zero-padded to F * rate // fps samples; an odd height or width
+    gains a copy of its last line. Raises UserError for another file ending."""
     path, ending = Path(path), ".wav" if video is None else ".mp4"
     if path.suffix != ending:
         raise UserError(f"Cannot write {path}: {'sound' if video is None else 'video'} must end in {ending}.")
@@ -343,8 +340,8 @@ def load_clip(path, frames, size, fps, rate, start=0.0):
 
 
 def film_strip(path, video, audio, fps, rate):
-    """Write a PNG: the frames in a row above a spectrogram on the same time axis (96 rows, 0 Hz at the bottom
-    to rate / 2; dark is -80 dB, light yellow a full-scale sine). Video or audio may be None."""
+    """Write a PNG: the frames in a row above a spectrogram on the same time axis (96 rows, 0 Hz at the bottom to
+    rate / 2; dark is -80 dB, light yellow a full-scale sine). Video or audio may be None."""
     rows, columns = [], 1024
     if video is not None:
         video = torch.as_tensor(video).cpu().numpy()

@@ -85,6 +85,7 @@ class Config:
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
     prediction: str = "eps"          # eps: the network gives the noise (eq. 7); v: sqrt(abar) eps - sqrt(1-abar) x0
+    noise_shift: float = 3.0         # v: noise levels are drawn as sigma / alpha = noise_shift * tan(u pi / 2)
     sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
     sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
     # training
@@ -94,6 +95,7 @@ class Config:
     lr: float = 1e-4                 # AdamW learning rate
     lr_end: float = 1.0              # the rate falls linearly to this share of lr; 1: constant
     warmup: int = 0                  # steps of linear warm-up
+    betas: tuple = (0.9, 0.999)      # of AdamW
     weight_decay: float = 0.0        # of AdamW
     clip: float = 0.0                # largest gradient norm; 0: no clipping (the norm is logged all the same)
     ema: float = 0.9999              # decay of the averaged weights, ramped up as (1 + step) / (10 + step)
@@ -117,7 +119,7 @@ PRESETS = {
                 warmup=20, clip=1.0, ema=0.99, val_every=200, val_clips=32, save_every=100, sample_every=300),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="v", steps=10000, batch_size=16, lr=3e-4, lr_end=0.1,
                   warmup=200, clip=1.0, ema=0.999),
-    "paper": dict(),
+    "paper": {},
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
 }
@@ -126,8 +128,8 @@ PRESETS = {
 def parse(argv=None, base=None):
     """Command line -> Config: the preset's values, or those of `base`, then the options given. Exits with one line
     when an option or a value is wrong."""
-    def ints(text):
-        return tuple(int(x) for x in text.split(",") if x)
+    def numbers(text):
+        return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
     def bool_(text):
         return bool(("false", "true").index(text.lower()))
@@ -139,14 +141,13 @@ def parse(argv=None, base=None):
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        kind = {tuple: ints, bool: bool_}.get(f.type, f.type)
+        kind = {tuple: numbers, bool: bool_}.get(f.type, f.type)
         parser.add_argument("--" + f.name, type=kind, choices=choices.get(f.name), metavar=f.type.__name__,
                             default=argparse.SUPPRESS, help=f"{remarks[f.name]} [{default}]")
     given = vars(parser.parse_args(argv))
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
-    start = dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}
-    cfg = Config(**{**start, **given})
+    cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
     name = preset if cfg.data == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
@@ -157,7 +158,7 @@ def parse(argv=None, base=None):
 def check(cfg):
     """The first thing wrong with a config, as a sentence, or None."""
     for f in dataclasses.fields(cfg):
-        if f.type is int and getattr(cfg, f.name) < (0 if f.name in ("warmup", "workers", "seed") else 1):
+        if f.type is int and getattr(cfg, f.name) < (f.name not in ("warmup", "workers", "seed")):
             return f"--{f.name} {getattr(cfg, f.name)} is too small"
     if not cfg.mult or min(cfg.mult) < 1:
         return "--mult needs whole numbers of 1 or more"
@@ -507,7 +508,7 @@ class Diffusion:
     names = {"v": "video", "a": "audio"}
     def __init__(self, cfg):
         self.T, self.streams, self.seed = cfg.diffusion_steps, cfg.streams, cfg.seed
-        self.predicts_v = cfg.prediction == "v"
+        self.predicts_v, self.shift = cfg.prediction == "v", cfg.noise_shift
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
         self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
         self.levels = self.abar.float()
@@ -525,7 +526,7 @@ class Diffusion:
 
     def loss(self, model, batch):
         """Eq. 7, both streams summed -> loss, {stream: eq. 7 with lambda = 1}. A network that predicts v is trained
-        on the plain squared error of v, that is lambda(t) = 1 / abar_t, at even angles arctan(sigma / alpha).
+        on the plain squared error of v, that is lambda(t) = 1 / abar_t, at noise levels of its own distribution.
 
         batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1], key (B,), step; u (B,) to set the noise levels.
         """
@@ -534,8 +535,9 @@ class Diffusion:
         u, eps = self.noise(batch["key"], {k: x.shape[1:] for k, x in x0.items()}, device)
         self.levels = self.levels.to(device)                                     # abar, once on the device
         t = (batch.get("u", u) * self.T).long()                                  # (B,) uniform in 0 ... T-1
-        if self.predicts_v and "u" not in batch:     # the linear schedule is all but noise for a third of its steps
-            t = torch.searchsorted(self.levels.sqrt().acos(), u * (math.pi / 2)).clamp(max=self.T - 1)
+        if self.predicts_v and "u" not in batch:     # more levels at which the layout of a clip is decided
+            wanted = 1 / (1 + (self.shift * torch.tan(u * (math.pi / 2))) ** 2)  # (B,) of abar, which falls with t
+            t = torch.searchsorted(-self.levels, -wanted).clamp(max=self.T - 1)
         abar = self.levels[t]                                                    # (B,)
         signal = {k: abar.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()}
         sigma = {k: (1 - s * s).sqrt() for k, s in signal.items()}
@@ -830,7 +832,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     out, micro, device = Path(cfg.out), cfg.batch_size // world // cfg.grad_accum, next(model.parameters()).device
     ema, parameters = copy.deepcopy(model).eval().requires_grad_(False), list(model.parameters())
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)         # else float32
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, cfg.betas, 1e-8, cfg.weight_decay, fused=device.type != "mps")
     # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without the host asking the device
     # in every step. The other types need only the latter, at scale 1.
     scale = 2.0 ** 16 if dtype == torch.float16 else 1.0

@@ -51,7 +51,8 @@ def unet_of(d):
                     mult=numbers(c["channel_mult"]), res_blocks=c["num_res_blocks"], heads=c["num_heads"],
                     cross_head_dim=c["num_head_channels"], video_attention=numbers(c["video_attention_resolutions"]),
                     cross_attention=numbers(c["cross_attention_resolutions"]),
-                    windows=numbers(c["cross_attention_windows"]), random_shift=c["cross_attention_shift"], film=c["use_scale_shift_norm"], dropout=c["dropout"])
+                    windows=numbers(c["cross_attention_windows"]), random_shift=c["cross_attention_shift"],
+                    film=c["use_scale_shift_norm"], dropout=c["dropout"])
     net = from_recipe(mm.CoupledUNet(cfg), d["seed"])
     if "shapes" in d:
         assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
