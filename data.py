@@ -63,7 +63,7 @@ def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
     mask, audio, events = _scene(SCENES[label], rng, radius, pitch, period, frames, size, fps, rate)
     events = events[(events >= 0) & (events < frames / fps)]
     ground = np.tile(np.float32(BACKS[back]), (frames, 1))  # (F, 3)
-    ground[(events * fps).astype(int)] += 80 * (label < 2)  # a flash at each impact (bounce, collide)
+    ground[(events * fps).astype(int)] += 40 * (label < 2)  # a flash at each impact (bounce, collide)
     video = np.empty((frames, size, size, 3), np.uint8)
     for c in range(3):  # one channel at a time is three times as fast as broadcasting over a last axis of 3
         b = ground[:, c, None, None]
@@ -127,8 +127,7 @@ def _strike(ta, events, pitch, partials, decay):  # at `events`, sorted, the fir
     return audio
 
 
-def _tone(f, rate):
-    # Of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate.
+def _tone(f, rate):  # of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate
     cycles = (np.cumsum(f, dtype=np.float64) - (f + f[0]) / 2) / rate
     phase = tau * (cycles - np.floor(cycles)).astype(np.float32)
     return sum(np.float32(level) * np.sin(np.float32(ratio) * phase) for ratio, level in SUNG)
@@ -313,8 +312,7 @@ def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
     if has_audio:  # first_pts=0 turns a late start into silence, but would move Vorbis files, which claim one
         late = ":async=1:first_pts=0" if has_video else ""
         command += ["-map", "0:a:0", *until, "-af", f"aresample={rate}{late}", "-ac", "1", "-f", "s16le", a]
-    # In a session of its own: Ctrl-C must not reach ffmpeg, which would end with a file that looks complete.
-    run = subprocess.run(command, start_new_session=True, **options)
+    run = subprocess.run(command, start_new_session=True, **options)  # Ctrl-C would leave files that look complete
     if run.returncode:
         raise UserError(f"Cannot read {path}: {(run.stderr.splitlines() or ['ffmpeg failed'])[-1]}.")
     n = os.path.getsize(v) // (3 * size * size) if has_video else 0
@@ -323,9 +321,8 @@ def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
 
 
 def load_clip(path, frames, size, fps, rate, start=0.0):
-    """`frames` frames from `start` seconds on and their sound, of any file ffmpeg reads: video uint8
-    (F, H, W, 3), center-cropped to a square, and audio float32 (L,), mono; None for a stream that it lacks.
-    Raises UserError when the file is missing, unreadable or too short."""
+    """`frames` frames from `start` seconds on and their sound: video uint8 (F, H, W, 3), center-cropped to a square, audio
+    float32 (L,), mono; None for a stream that it lacks. Raises UserError for a missing, unreadable or too short file."""
     length = frames * rate // fps
     with tempfile.TemporaryDirectory() as tmp:
         video, audio, _ = decode(path, tmp, size, fps, rate, start, frames / fps)
@@ -456,7 +453,7 @@ def prepare(folder, out, workers, part, parts, s):
     shutil.rmtree(tmp, ignore_errors=True)
     lines, clips = [done[x] for x in mine], read_lines(out, "clips*.jsonl", "shard").values()
     table = Counter("files skipped: " + x["reason"] if x["reason"] else "files ok" for x in lines)
-    table.update({"clips": len(clips), "hours": round(sum(c["duration"] for c in clips) / 3600, 3)})
+    table |= {"clips": len(clips), "hours": round(sum(c["duration"] for c in clips) / 3600, 3)}
     print("\n".join(f"{k:30}{n:>10}" for k, n in table.items()))
 
 
@@ -477,8 +474,8 @@ def main(argv=None):
                "shard": ("0/1", "i/n: this is machine i of n that share the folder"),
                "n": (10, "clips to preview"), "out": ("out/preview", "folder for them"), **SETTINGS}
     parser = argparse.ArgumentParser(
-        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)")
     parser.add_argument("command", choices=["preview", "prepare"])
     parser.add_argument("what", help="set, or folder of videos: sub-folder = label, x.txt = caption of x.mp4")
     for name, (default, text) in options.items():

@@ -150,7 +150,7 @@ def parse(argv=None, base=None):
     cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
-    name = preset if cfg.data == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
+    name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
     cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
     return cfg
 
@@ -497,8 +497,7 @@ def mix(*terms):
     return {k: sum(c * x[k] for c, x in terms) for k in terms[0][1]}
 
 
-def unwrapped(model):
-    """The bare network inside the wrappers of DDP and torch.compile."""
+def unwrapped(model):  # the network inside the wrappers of DDP and torch.compile
     model = getattr(model, "module", model)
     return getattr(model, "_orig_mod", model)
 
@@ -511,7 +510,6 @@ class Diffusion:
         self.predicts_v, self.shift = cfg.prediction == "v", cfg.noise_shift
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
         self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
-        self.levels = self.abar.float()
 
     def noise(self, keys, shapes, device):
         """A noise level u (B,) in [0, 1) and noise per clip, each from the clip's own key: the same however the clips
@@ -533,12 +531,12 @@ class Diffusion:
         x0 = {k: batch[name] for k, name in self.names.items() if k in self.streams}
         device, frames = batch["video"].device, batch["video"].shape[1]
         u, eps = self.noise(batch["key"], {k: x.shape[1:] for k, x in x0.items()}, device)
-        self.levels = self.levels.to(device)                                     # abar, once on the device
+        levels = self.abar.float().to(device)                                    # (T,) abar, falling
         t = (batch.get("u", u) * self.T).long()                                  # (B,) uniform in 0 ... T-1
         if self.predicts_v and "u" not in batch:     # more levels at which the layout of a clip is decided
-            wanted = 1 / (1 + (self.shift * torch.tan(u * (math.pi / 2))) ** 2)  # (B,) of abar, which falls with t
-            t = torch.searchsorted(-self.levels, -wanted).clamp(max=self.T - 1)
-        abar = self.levels[t]                                                    # (B,)
+            wanted = 1 / (1 + (self.shift * torch.tan(u * (math.pi / 2))) ** 2)  # (B,) of abar
+            t = torch.searchsorted(-levels, -wanted).clamp(max=self.T - 1)
+        abar = levels[t]                                                         # (B,)
         signal = {k: abar.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()}
         sigma = {k: (1 - s * s).sqrt() for k, s in signal.items()}
         xt = {k: signal[k] * x0[k] + sigma[k] * eps[k] for k in x0}              # eq. 5, t times
