@@ -321,8 +321,8 @@ def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
 
 
 def load_clip(path, frames, size, fps, rate, start=0.0):
-    """`frames` frames from `start` seconds on and their sound: video uint8 (F, H, W, 3), center-cropped to a square, audio
-    float32 (L,), mono; None for a stream that it lacks. Raises UserError for a missing, unreadable or too short file."""
+    """`frames` frames from `start` seconds on and their sound: video uint8 (F, H, W, 3), center-cropped to a square,
+    audio float32 (L,), mono; None for a stream it lacks. Raises UserError for a missing, broken or too short file."""
     length = frames * rate // fps
     with tempfile.TemporaryDirectory() as tmp:
         video, audio, _ = decode(path, tmp, size, fps, rate, start, frames / fps)
