@@ -58,8 +58,8 @@ def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
     rng = np.random.default_rng([seed, index])
     label = SCENES.index(scenes[index % len(scenes)])  # in turn, which balances the batches
     color, back, which = rng.choice(list(COLORS)), rng.choice(list(BACKS)), rng.integers(3)
-    radius, (low, high) = (0.10, 0.14, 0.18)[which] * rng.uniform(0.92, 1.08), PERIODS[label]
-    period, pitch = rng.uniform(low, high), 900 * (0.1 / radius) ** 1.5  # Hz: small things sound high
+    radius, (low, high) = (0.14, 0.19, 0.25)[which] * rng.uniform(0.92, 1.08), PERIODS[label]
+    period, pitch = rng.uniform(low, high), 900 * (0.14 / radius) ** 1.5  # Hz: small things sound high
     mask, audio, events = _scene(SCENES[label], rng, radius, pitch, period, frames, size, fps, rate)
     events = events[(events >= 0) & (events < frames / fps)]
     ground = np.tile(np.float32(BACKS[back]), (frames, 1))  # (F, 3)
@@ -95,7 +95,7 @@ def _scene(name, rng, r, pitch, period, frames, size, fps, rate):  # -> coverage
         y = 1 - r - 3.6 * period**2 * (cycle % 1) * (1 - cycle % 1)
         return disc(wander, y, r), 0.95 * _strike(ta, beats, pitch, SUNG, 0.15), beats
     if name == "collide":  # the gap |sin| is sharp where two blocks meet and knock, smooth where they turn
-        half, gap = 0.8 * r, (0.4 - 1.6 * r) * abs(np.sin(np.pi * cycle[:, None]))
+        half, gap = 0.6 * r, (0.4 - 1.2 * r) * abs(np.sin(np.pi * cycle[:, None]))
         mask = cover(half - abs(abs(grid - x) - half - gap))[:, None] * cover(half - abs(grid - y))[:, None]
         return mask, 0.95 * _strike(ta, beats, pitch, KNOCK, 0.1), beats
     if name == "glide":  # a disc wanders; the pitch follows its height, 1.4 octaves from 290 Hz
@@ -103,8 +103,8 @@ def _scene(name, rng, r, pitch, period, frames, size, fps, rate):  # -> coverage
         return disc(wander, 0.78 - 0.56 * swing, r), tone, np.sort(np.concatenate(turns))
     if name == "pulse":  # a disc swells and shrinks; the loudness follows its radius
         tone = (0.04 + 0.7 * swing_a**1.5) * _tone(np.full_like(ta, pitch), rate)
-        return disc(x + 0 * t, y + 0 * t, r * (0.65 + 1.3 * swing)), tone, beats
-    n, length, width = 14, 0.9 * r, 0.18 * r  # rain: the streaks seen and the hiss follow a density
+        return disc(x + 0 * t, y + 0 * t, r * (0.45 + 1.1 * swing)), tone, beats
+    n, length, width = 14, 0.65 * r, 0.13 * r  # rain: the streaks seen and the hiss follow a density
     x, y, rank = (rng.permutation(n) + 0.5) / n, rng.uniform(0, 1, n), (np.arange(n) + 0.5) / n
     y = (y + 1.2 * t[:, None]) % (1 + 2 * length) - length  # (F, n)
     seen = np.clip((1.2 * swing[:, None] - rank) / 0.2, 0, 1).astype(np.float32)  # (F, n) opacity
