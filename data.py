@@ -47,7 +47,7 @@ CAPTIONS = ("a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing i
 PERIODS = (0.45, 0.8), (0.5, 0.9), (1.2, 2.4), (0.6, 1.2), (0.8, 1.5)  # s; at least one event in 1.6 s
 COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255),
           "yellow": (250, 220, 40), "magenta": (230, 60, 220), "cyan": (40, 215, 235)}
-BACKS = {"black": (8, 8, 8), "navy": (14, 16, 56), "gray": (52, 52, 52)}
+BACKS = {"gray": (128, 128, 128), "slate": (100, 114, 140), "sand": (150, 138, 112)}
 SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.21))  # (ratio, amplitude)
 
 
@@ -63,7 +63,7 @@ def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
     mask, audio, events = _scene(SCENES[label], rng, radius, pitch, period, frames, size, fps, rate)
     events = events[(events >= 0) & (events < frames / fps)]
     ground = np.tile(np.float32(BACKS[back]), (frames, 1))  # (F, 3)
-    ground[(events * fps).astype(int)] += 40 * (label < 2)  # a flash at each impact (bounce, collide)
+    ground[(events * fps).astype(int)] += 80 * (label < 2)  # a flash at each impact (bounce, collide)
     video = np.empty((frames, size, size, 3), np.uint8)
     for c in range(3):  # one channel at a time is three times as fast as broadcasting over a last axis of 3
         b = ground[:, c, None, None]

@@ -85,7 +85,7 @@ class Config:
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
     prediction: str = "eps"          # eps: the network gives the noise (eq. 7); v: sqrt(abar) eps - sqrt(1-abar) x0
-    noise_shift: float = 2.0         # v: noise levels are drawn as sigma / alpha = noise_shift * tan(u pi / 2)
+    noise_shift: float = 1.0         # v: noise levels are drawn as sigma / alpha = noise_shift * tan(u pi / 2)
     sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
     sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
     # training
@@ -114,10 +114,10 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, heads=1, cross_head_dim=16,
-                video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 4), random_shift=False, dropout=0.0,
-                prediction="v", steps=600, batch_size=4, lr=6e-3, lr_end=0.05, warmup=20, clip=1.0, ema=0.99,
-                val_every=200, val_clips=16, save_every=100, sample_every=300),
+    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, heads=1,
+                cross_head_dim=16, video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 4), random_shift=False,
+                dropout=0.0, prediction="v", steps=600, batch_size=4, lr=6e-3, lr_end=0.05, warmup=20, clip=1.0,
+                ema=0.99, val_every=200, val_clips=16, save_every=100, sample_every=300),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="v", steps=10000, batch_size=16, lr=3e-4, lr_end=0.1,
                   warmup=200, clip=1.0, ema=0.999),
     "paper": {},
