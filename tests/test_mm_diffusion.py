@@ -16,6 +16,7 @@ import mm_diffusion as mm
 import sample
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)         # as the processes started below: sums are to agree to the last bit
 TINY = ("--preset toy --data toy --frames 4 --size 16 --rate 4000 --width 8 --mult 1,2 --norm_groups 4 --heads 2 "
         "--cross_head_dim 8 --video_attention 2 --cross_attention 2 --windows 2 --random_shift true --batch_size 4 "
         "--lr 1e-3 --warmup 0 --val_clips 2 --workers 0 --samples 1 --log_every 1 --val_every 1000 --sample_every 1000 "
@@ -48,9 +49,16 @@ def batch_of(cfg, B=4):
     return data.to_device(next(data.loader(ds, B, 0, 1)), "cpu")
 
 
-def run(*args, cwd, launcher=(sys.executable,), timeout=240, **env):
-    return subprocess.run([*launcher, str(ROOT / "mm_diffusion.py"), *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+def start(*args, cwd, launcher=(sys.executable,)):
+    return subprocess.Popen([*launcher, str(ROOT / "mm_diffusion.py"), *args], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run(*args, **where):
+    """Run mm_diffusion.py to its end -> exit code, stdout, stderr."""
+    process = start(*args, **where)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
 
 
 def torchrun(n):
@@ -228,8 +236,7 @@ def test_the_loss_falls(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_bit(trained, tmp_path):
     args = [*TINY, "--steps", "6", "--out", "run", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "mm_diffusion.py"), *args], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(*args, cwd=tmp_path)
     log = tmp_path / "run" / "log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert process.poll() is None, process.communicate()
@@ -239,8 +246,8 @@ def test_an_interrupted_run_goes_on_to_the_bit(trained, tmp_path):
     assert process.returncode == 0 and "same command goes on" in out and "Traceback" not in err, err
     stopped = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
     assert 2 <= stopped < 6
-    done = run(*args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, err = run(*args, cwd=tmp_path)
+    assert code == 0, err
     for which in ("model", "ema"):
         assert same(weights(tmp_path / "run", which), weights(trained, which))
     losses = [[r["loss"] for r in csv.DictReader(open(p))] for p in (log, trained / "log.csv")]
@@ -248,9 +255,9 @@ def test_an_interrupted_run_goes_on_to_the_bit(trained, tmp_path):
 
 
 def test_two_processes_give_the_weights_of_one(trained, tmp_path):
-    done = run(*TINY, "--steps", "6", "--out", str(tmp_path), cwd=tmp_path, launcher=torchrun(2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("parameters on cpu") == 1
+    code, out, err = run(*TINY, "--steps", "6", "--out", str(tmp_path), cwd=tmp_path, launcher=torchrun(2))
+    assert code == 0, err[-3000:]
+    assert out.count("parameters on cpu") == 1
     assert same(weights(tmp_path), weights(trained), 1e-5)
     assert same(weights(tmp_path, "ema"), weights(trained, "ema"), 1e-5)
 
@@ -362,9 +369,9 @@ def test_wrong_options_end_in_one_sentence(args, says, tmp_path, monkeypatch):
 
 
 def test_four_processes_say_it_once(tmp_path):
-    done = run("--data", "concerts", cwd=tmp_path, launcher=torchrun(4))
-    assert done.returncode != 0 and done.stderr.count("python data.py prepare FOLDER --name concerts") == 1
-    assert "mm_diffusion.py\", line" not in done.stderr       # no traceback of ours
+    code, _, err = run("--data", "concerts", cwd=tmp_path, launcher=torchrun(4))
+    assert code != 0 and err.count("python data.py prepare FOLDER --name concerts") == 1
+    assert "mm_diffusion.py\", line" not in err                # no traceback of ours
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_kept(trained, tmp_path, monkeypatch):
