@@ -115,7 +115,7 @@ def test_unet_grad(path):
 
 
 def test_paper_names_and_shapes():
-    keys = json.loads((GOLDEN / "mm_diffusion_paper_keys.json").read_text())["mm_diffusion"]
+    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())["mm_diffusion"]
     with torch.device("meta"):
         net = mm.CoupledUNet(mm.parse(["--preset", "paper"]))
         wide = mm.CoupledUNet(mm.parse(["--preset", "audioset"]))
