@@ -21,7 +21,7 @@ Differs from the released code, on purpose: 1. the shift R is drawn once per cal
 in forward and backward, on all processes, and in every run. 2. Sampling is a function of the seed; any batch size
 works. 3. The slip in its solver's first-order audio step is mended. 4. Clips are not mirrored. 5. Gradients of
 --grad_accum parts are averaged, not summed. 6. "up" blocks work at the low resolution and copy at their end.
-7. The presets toy and small predict v instead of the noise (clean clips come far sooner), and toy does not shift.
+7. The presets toy and small predict v instead of the noise (in short trials shapes came sooner); toy does not shift.
 
 The paper is silent or at odds with its code on the following; we do as the code. 1. Parameters: 115.13M in the text;
 the code has 133,675,524, and no reading of it gives the former. 2. Audio self-attention, said to be deleted, is in both

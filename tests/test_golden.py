@@ -82,7 +82,7 @@ def test_unet(path):
         for name, (mv, sv, ma, sa) in d["block_stats_mean_std_video_audio"].items():
             bv, ba = stats[name]
             ours = torch.stack([bv.mean(), bv.std(), ba.mean(), ba.std()])
-            close(ours, torch.tensor([mv, sv, ma, sa]), 1e-3 if ours.abs().max() > 10 else 1e-4)
+            close(ours, torch.tensor([mv, sv, ma, sa]))
         close(v, d["video_out"]), close(a, d["audio_out"])
         v, a = net(d["video"], d["audio"], d["timesteps_float"])
         close(v, d["video_out_float"]), close(a, d["audio_out_float"])
@@ -110,8 +110,10 @@ def test_unet_grad(path):
     assert loss.item() == pytest.approx(d["loss"], rel=1e-4)
     loss.backward()
     for name, p in net.named_parameters():
-        assert p.grad.norm().item() == pytest.approx(d["grad_norm"][name], rel=2e-3, abs=1e-5), name
-        assert p.grad.double().sum().item() == pytest.approx(d["grad_sum"][name], rel=2e-3, abs=2e-4), name
+        assert p.grad.norm().item() == pytest.approx(d["grad_norm"][name], rel=1e-4, abs=1e-6), name
+        # The terms of the sum cancel: its error is measured against the sum of their sizes.
+        error = abs(p.grad.double().sum().item() - d["grad_sum"][name])
+        assert error <= 1e-4 * p.grad.abs().sum().item() + 1e-6, name
 
 
 def test_paper_names_and_shapes():

@@ -234,14 +234,15 @@ def test_the_loss_falls(tmp_path):
     assert val[-1] < 0.9 * val[0]
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(trained, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_an_interrupted_run_goes_on_to_the_bit(number, trained, tmp_path):
     args = [*TINY, "--steps", "6", "--out", "run", "--workers", "2"]
     process = start(*args, cwd=tmp_path)
     log = tmp_path / "run" / "log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "same command goes on" in out and "Traceback" not in err, err
     stopped = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
