@@ -177,9 +177,10 @@ def test_noise_belongs_to_the_clip_not_to_the_batch():
     assert (eps["v"][0] != eps["v"][1]).all()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+# eps; v, which is edm with mean 0 and deviation 1; and the toy preset's own
+@pytest.mark.parametrize("prediction", ["eps", "edm --data_mean 0,0 --data_std 1,1 --skip_std 1,1", "edm"])
 def test_a_perfect_prediction_has_no_loss_and_gives_the_noise_back(prediction):
-    cfg = tiny("--prediction", prediction)
+    cfg = tiny("--prediction", *prediction.split())
     process, batch = mm.Diffusion(cfg), batch_of(cfg, 2)
 
     class Oracle(torch.nn.Module):               # knows the clean clip
@@ -187,10 +188,15 @@ def test_a_perfect_prediction_has_no_loss_and_gives_the_noise_back(prediction):
 
         def forward(self, v, a, t, shifts):
             out = []
-            for x, x0 in ((v, batch["video"]), (a, batch["audio"])):
+            for i, (x, x0) in enumerate(((v, batch["video"]), (a, batch["audio"]))):
                 abar = process.abar.float()[t].view(-1, *[1] * (x.dim() - 1))
-                eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
-                out.append(eps if prediction == "eps" else abar.sqrt() * eps - (1 - abar).sqrt() * x0)
+                eps, var, mean = (x - abar.sqrt() * x0) / (1 - abar).sqrt(), cfg.skip_std[i] ** 2, cfg.data_mean[i]
+                noise = (1 - abar) / abar            # its variance beside the clip's
+                skip, gain = var / (var + noise), (var * noise / (var + noise)).sqrt()
+                edm = (x0 - mean - skip * (x / abar.sqrt() - mean)) / gain
+                v_prediction = (1 - abar).sqrt() * x0 - abar.sqrt() * eps
+                assert prediction.count(",") != 6 or torch.allclose(edm, v_prediction, atol=1e-3)
+                out.append(eps if prediction == "eps" else edm)
             return out
 
     loss, parts = process.loss(Oracle(), {**batch, "u": torch.tensor([0.3, 0.8])})
@@ -206,7 +212,48 @@ def test_a_perfect_prediction_has_no_loss_and_gives_the_noise_back(prediction):
         assert (clean["v"] - batch["video"]).abs().max() < 0.05, sampler
 
 
+def test_edm_noise_levels_are_log_normal():
+    """Half of them lie below exp(mean), a sixth above exp(mean + deviation)."""
+    cfg, seen = tiny("--prediction", "edm", "--noise_levels", "0.5,1.5"), []
+    process = mm.Diffusion(cfg)
+
+    class Silent(torch.nn.Module):
+        draw_shifts = staticmethod(lambda frames, generator=None: torch.zeros(0, dtype=torch.long))
+
+        def forward(self, v, a, t, shifts):
+            seen.extend((1 / process.abar[t] - 1).sqrt().log().tolist())
+            return v, a
+
+    batch = batch_of(cfg, 2)
+    for key in range(0, 1000, 2):
+        process.loss(Silent(), {**batch, "key": torch.tensor([key, key + 1])})
+    levels = torch.tensor(seen)
+    assert abs((levels < 0.5).float().mean() - 0.5) < 0.06 and abs((levels > 2.0).float().mean() - 0.159) < 0.05
+
+
 # ---- training
+
+def test_muon_moves_matrices_orthogonally_and_drops_bad_steps():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv1d(8, 24, 3)
+    before, bias = layer.weight.clone(), layer.bias.clone()
+    optimizer = mm.Muon(layer.parameters(), lr=0.01, fused=True)
+    layer(torch.randn(2, 8, 50)).square().mean().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    optimizer.step()
+    moved = (before - layer.weight).detach().flatten(1)                          # (24, 24)
+    spread = torch.linalg.svdvals(moved) / (0.01 * 0.2 * 24 ** 0.5)
+    assert 0.3 < spread.min() and spread.max() < 1.4     # the gradient's own spread is far wider:
+    values = torch.linalg.svdvals(gradients[0].flatten(1))
+    assert values.max() / values.min() > 20
+    assert (moved * gradients[0].flatten(1)).sum() > 0                           # downhill
+    assert torch.allclose((bias - layer.bias).abs(), torch.full((24,), 0.01), atol=1e-4)     # AdamW's first step
+    before, state = layer.weight.clone(), optimizer.state[layer.weight]["exp_avg"].clone()
+    layer.weight.grad = torch.full_like(layer.weight, float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(before, layer.weight) and torch.equal(state, optimizer.state[layer.weight]["exp_avg"])
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
