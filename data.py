@@ -45,8 +45,7 @@ CAPTIONS = ("a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing i
             "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
             "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss")
 PERIODS = (0.45, 0.8), (0.5, 0.9), (1.2, 2.4), (0.6, 1.2), (0.8, 1.5)  # s; at least one event in 1.6 s
-COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255),
-          "yellow": (250, 220, 40), "magenta": (230, 60, 220), "cyan": (40, 215, 235)}
+COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255)}  # few and far apart: soon learned
 BACKS = {"black": (8, 8, 8), "navy": (14, 16, 56), "gray": (52, 52, 52)}
 SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.21))  # (ratio, amplitude)
 

@@ -119,14 +119,14 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, heads=4,
-                cross_head_dim=16, video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 4), random_shift=False,
-                dropout=0.0, prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
-                steps=600, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20, clip=1.0, ema=0.99,
-                val_every=200, val_clips=16, save_every=100, sample_every=300),
+    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, cross_head_dim=16,
+                video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 16), random_shift=False, dropout=0.0,
+                prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
+                noise_levels=(1.2, 1.6), steps=650, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
+                clip=1.0, ema=0.99, val_every=200, val_clips=16, save_every=100, sample_every=325),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="edm", data_mean=(-0.6, 0.0), data_std=(0.41, 0.18),
-                  skip_std=(0.1, 0.18), steps=10000, batch_size=16, optimizer="muon", lr=4e-3, lr_end=0.05, warmup=200,
-                  clip=1.0, ema=0.999),
+                  skip_std=(0.1, 0.18), noise_levels=(1.2, 1.6), steps=10000, batch_size=16, optimizer="muon", lr=4e-3,
+                  lr_end=0.05, warmup=200, clip=1.0, ema=0.999),
     "paper": {},
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
