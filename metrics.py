@@ -1,36 +1,30 @@
-"""Metrics for video with sound: every number of the five papers, computed offline, as functions and as a command.
+"""Metrics for video with sound: the numbers of the five papers, offline, as functions and as a command.
 
     python metrics.py --real toy --fake out/mm_diffusion/samples_001 --n 2048 --json out.json
     python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts --audio_features vggish16k:vggish.ts
-    python metrics.py --real toy:bounce,collide --ladder --n 256     # does each metric grow with what it measures?
-    torchrun --nproc_per_node=2 metrics.py ...                       # the same numbers, in half the time
+    python metrics.py --real toy:bounce,collide --ladder --n 256       # does each number grow with what it measures?
+    torchrun --nproc_per_node=2 metrics.py ...                         # the same numbers from two processes
 
---real and --fake are a data set of data.py (real: its train split, fake: its val split) or a folder of .npz files
-(sample.py --npz) or else of videos, whose compression alone moves FVD and FAD: the header says which was read.
-Beside every value stands its floor: a distance between two halves of the real clips (n / 2 each; the finite-sample
-bias is about D / n), an alignment of sounds given to the wrong clips (rolled by one).
+--real and --fake are data sets (real: train split, fake: val split) or folders: of .npz files (sample.py --npz), else
+of videos, whose compression alone moves FVD and FAD. The floor beside a distance is that of the two halves of the real
+clips (half of n: its bias, about D / n, is larger); beside an alignment stands that of mismatched pairs.
 
-Features come from `builtin` (fixed random convolutions and hand-made statistics: no download, no comparison with
-published numbers, hence fvd_builtin), from a TorchScript file, or from a Python callable module:function. A callable
-gets video (B, F, H, W, 3) float in [0, 1], or audio (B, L) float and its rate, and returns (B, D), or (B, T, D) whose
-rows are stacked. A preset in front prepares its input: i3d:FILE, stylegan-v:FILE, vggish16k:FILE, audioclip44k:FILE.
-The name of a number carries the extractor and the hash of its file. Nothing is ever downloaded.
+Features: `builtin` (fixed random convolutions and statistics; not comparable with published numbers, hence fvd_builtin),
+a TorchScript file, or module:function, a callable of video (B, F, H, W, 3) float in [0, 1] or of audio (B, L) float and
+its rate, that returns (B, D) or (B, T, D), whose rows are stacked. A preset in front prepares the input: i3d:FILE,
+stylegan-v:FILE, vggish16k:FILE, audioclip44k:FILE. Names carry the hash of the file. Nothing is ever downloaded.
 
-The papers disagree, or are silent. What they do, and what is printed here:
-  FVD       features: R(2+1)D (Paredes), I3D's 400 logits (MM-Diffusion), I3D (SyncFlow), the StyleGAN-V file (ProAV-DiT)
-            -> fvd_X for the extractor X; --protocol stylegan-v picks a video, then a clip of it; plain any clip
-  KVD       unbiased MMD^2, kernel (a.b / D + 1)^3: may be negative; KID's factor 1000 is not applied
-            -> kvd_X over all clips, and the mean and deviation over blocks of 50 in the JSON
-  FAD       ResNet18 on spectrogram images (Paredes), AudioCLIP, said "x 1e-4" but multiplied by 1e4 (MM-Diffusion),
-            VGGish (UniForm, SyncFlow) -> fad_X, never scaled; fad_mmdiff = 1e4 * fad_X with audioclip44k
-  FD        a Frechet distance on a classifier's features (PANNs) -> fad_X of that extractor
-  IS, KL    C3D, PANNs or VGGish classes; 1, 10 or more splits; softmax or sigmoid; direction seldom stated
-            -> is_X: mean over 10 splits; kl_X: KL(real || fake) of paired clips, softmax; both with --logits
-  AV-Align  intersection over union (TempoTokens; UniForm by its numbers), two-way mean in +-3 frames (ProAV-DiT)
-            -> av_align_iou; av_align_mean3 and av_align_mean1: three frames are too wide to tell pairs apart
-  CS        cosine of CLAP or ImageBind embeddings, over segments, then clips -> cosine_score, with its floor
-  PSNR-A    peak and domain unstated -> psnr_a_wav (peak 2), psnr_a_mel (peak: range of the real log-mel)
-  MI        of latents, in nats, no estimator named -> mi_gaussian, mi_histogram, mi_ksg, beside shuffled rows
+           in the papers                                                  here
+FVD        on R(2+1)D (Paredes), 400 logits of I3D (MM-Diffusion), the    fvd_X of extractor X; --protocol stylegan-v:
+           StyleGAN-V file and its protocol (ProAV-DiT)                   pick a video, then its clip; plain: any clip
+KVD        kernel (a.b / D + 1)^3, unbiased                               kvd_X, may be negative; no factor 1000
+FAD, FD    ResNet18 (Paredes), VGGish (UniForm, SyncFlow), PANNs (FD),    fad_X, unscaled; with audioclip44k also
+           AudioCLIP, "x 1e-4" in print, x 1e4 in code (MM-Diffusion)     fad_mmdiff = 1e4 * fad_X
+IS, KL     C3D, PANNs, VGGish classes; splits, direction often unstated   is_X over 10 splits; kl_X = KL(real || fake)
+AV-Align   IoU (TempoTokens, UniForm), two-way mean in +-3 frames         av_align_iou; av_align_mean3 and, as three
+           (ProAV-DiT)                                                    frames tell little, av_align_mean1
+PSNR-A     peak and domain unstated                                       psnr_a_wav (peak 2), psnr_a_mel (real's range)
+CS, MI     cosine of segments, then clips; MI without an estimator        cosine_score; mi_gaussian, _histogram, _ksg
 """
 import argparse
 import functools
@@ -47,6 +41,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+NAN = math.nan
+
 
 class UserError(ValueError):
     """Something the user can mend; the message is one sentence."""
@@ -55,122 +51,91 @@ class UserError(ValueError):
 # ---- Distances between sets of features, in float64 --------------------------------------------------------
 
 def rows(x, least=2):
-    """x (n, D), or (n, T, D) whose rows are stacked -> float64 (n, D) or (n T, D). Raises UserError when there are
-    fewer than `least` rows, or values that are not finite."""
+    """x (n, D), or (n, T, D) whose rows are stacked -> float64 (rows, D). Raises UserError for fewer than `least` rows
+    and for values that are not finite."""
     x = torch.as_tensor(x).detach().double()
     x = x.flatten(0, -2) if x.dim() > 1 else x[:, None]
     if len(x) < least:
         raise UserError(f"This metric needs at least {least} clips or rows, and got {len(x)}.")
     if not x.isfinite().all():
-        raise UserError("The features hold NaN or infinite values: look for broken clips or a diverged model.")
+        raise UserError("NaN or infinite values in the features or clips: look for broken files or a diverged model.")
     return x
 
+def moments(x):
+    """The sum of (x, 1) (x, 1)^T over rows x (n, D) -> (D + 1, D + 1). Such sums add up over batches and (all_reduce)
+    processes, so that memory does not grow with n; frechet_of_moments compares two."""
+    x = F.pad(rows(x, 0), (0, 1), value=1.0)  # (n, D + 1): the last row of the sum is that of x, and n
+    return x.T @ x
 
-class Moments:
-    """Mean and covariance of feature rows in memory that does not grow with their number: add() the batches on each
-    process, all_reduce() once at the end, then frechet(a, b)."""
-
-    def __init__(self, dim, device="cpu"):
-        # One tensor, so that one all_reduce does: row 0 holds the sum and, last, the count; below it is the sum of x x^T.
-        self.total = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
-
-    def add(self, x):
-        x = rows(x, 0)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (n, D + 1)
-        self.total += x.T @ x
-        return self
-
-    def all_reduce(self):
-        if dist.is_initialized():
-            dist.all_reduce(self.total)
-        return self
-
-    def mean_cov(self):
-        n, s = self.total[-1, -1], self.total[-1, :-1]
-        if n < 2:
-            raise UserError(f"This metric needs at least 2 clips or rows, and got {int(n)}.")
-        return s / n, (self.total[:-1, :-1] - torch.outer(s, s) / n) / (n - 1)
-
+def frechet_of_moments(a, b):
+    """|mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0, from the moments() of x and y."""
+    n, m = rows(torch.stack([a[-1, -1], b[-1, -1]])).flatten()
+    if min(n, m) < 2:
+        raise UserError(f"This metric needs at least 2 clips or rows, and got {int(min(n, m))}.")
+    mx, my = a[-1, :-1] / n, b[-1, :-1] / m
+    sx, sy = ((t[:-1, :-1] - torch.outer(t[-1, :-1], t[-1, :-1]) / k) / (k - 1) for t, k in ((a, n), (b, m)))
+    w, u = torch.linalg.eigh(sx)
+    root = (u * w.clamp(min=0).sqrt()) @ u.T  # root Sy root is symmetric, with the eigenvalues of Sx Sy
+    trace = torch.linalg.eigvalsh(root @ sy @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, float((mx - my).square().sum() + sx.trace() + sy.trace() - 2 * trace))
 
 def frechet(x, y):
-    """|mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0, of rows x (n, D) and y (m, D), or of two Moments.
-    Exact for n < D and any other rank. Raises UserError as rows() does, or when the widths differ."""
-    if not isinstance(x, Moments):
-        x, y = rows(x), rows(y)
-        if x.shape[1] != y.shape[1]:
-            raise UserError(f"The two sets have features of different widths, {x.shape[1]} and {y.shape[1]}.")
-        if min(len(x), len(y)) <= 2 * x.shape[1]:
-            mx, my, n, m = x.mean(0), y.mean(0), len(x) - 1, len(y) - 1
-            x, y = x - mx, y - my
-            # tr (Sx Sy)^(1/2) is the nuclear norm of Xc Yc^T / sqrt(n m): no D x D root, no eps, no lost digits
-            root = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt(n * m)
-            return max(0.0, float((mx - my).square().sum() + x.square().sum() / n + y.square().sum() / m - 2 * root))
-        x, y = (Moments(z.shape[1], z.device).add(z) for z in (x, y))
-    (mx, sx), (my, sy) = x.mean_cov(), y.mean_cov()
-    w, u = torch.linalg.eigh(sx)
-    a = (u * w.clamp(min=0).sqrt()) @ u.T  # the symmetric root of Sx: A Sy A has the eigenvalues of Sx Sy
-    root = torch.linalg.eigvalsh(a @ sy @ a).clamp(min=0).sqrt().sum()
-    return max(0.0, float((mx - my).square().sum() + sx.trace() + sy.trace() - 2 * root))
-
+    """The Frechet distance of rows x (n, D) and y (m, D): FVD, FAD, FD. Exact for any rank and n < D."""
+    x, y = rows(x), rows(y)
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"The two sets have features of different widths, {x.shape[1]} and {y.shape[1]}.")
+    if min(len(x), len(y)) > 2 * x.shape[1]:
+        return frechet_of_moments(moments(x), moments(y))
+    mx, my, n, m = x.mean(0), y.mean(0), len(x) - 1, len(y) - 1
+    x, y = x - mx, y - my
+    # tr (Sx Sy)^(1/2) is the nuclear norm of x y^T / sqrt(n m): no D x D root and no eps
+    trace = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt(n * m)
+    return max(0.0, float((mx - my).square().sum() + x.square().sum() / n + y.square().sum() / m - 2 * trace))
 
 def mmd(x, y):
-    """KVD: unbiased MMD^2 of rows x (n, D), y (m, D) with the kernel (a.b / D + 1)^3. Negative values are normal; for
-    identical sets it is below 0, as the cross term alone keeps its diagonal."""
+    """KVD: unbiased MMD^2 of rows x (n, D) and y (m, D) under the kernel (a.b / D + 1)^3. It may be negative, as for
+    identical sets, where the cross term alone keeps its diagonal."""
     x, y = rows(x), rows(y)
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(z):  # mean over pairs of different rows
-        k = kernel(z, z)
-        return (k.sum() - k.trace()) / (len(z) * (len(z) - 1))
-    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
-
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]  # over pairs of different rows
+    return float(sum(within) - 2 * xy.mean())
 
 def mmd_blocks(x, y, block=50):
-    """mmd() of consecutive disjoint blocks of rows, as KID does -> (mean, standard deviation, list)."""
+    """mmd() of disjoint blocks of consecutive rows, as KID does -> (mean, standard deviation, list)."""
     x, y = rows(x), rows(y)
     size = min(block, len(x), len(y))
     values = [mmd(x[i:i + size], y[i:i + size]) for i in range(0, min(len(x), len(y)) - size + 1, size)]
     return float(np.mean(values)), float(np.std(values)), values
 
+def log_plus(logp, eps):
+    """log(p + eps) of log-probabilities, without leaving logarithms: a class whose p underflows is no NaN."""
+    return torch.logaddexp(logp, torch.tensor(eps).to(logp).log())
 
 def inception_score(logits, splits=1, eps=0.0):
-    """exp(mean_i KL(p_i || mean p)) of logits (n, K) for each of `splits` parts -> (mean, standard deviation, list).
-    eps = 1e-7 inside both logarithms is MM-Diffusion's variant."""
+    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in each of `splits` parts -> (mean, standard deviation, list). eps
+    inside both logarithms, 1e-7 in MM-Diffusion."""
     values = []
-    for part in rows(logits, splits).tensor_split(splits):
-        logp = F.log_softmax(part, 1)  # a softmax and then a logarithm give NaN where a class underflows
-        logm = logp.logsumexp(0) - math.log(len(part))
-        if eps:
-            values.append((logp.exp() * ((logp.exp() + eps).log() - (logm.exp() + eps).log())).sum(1).mean().exp().item())
-        else:
-            values.append((logp.exp() * (logp - logm)).sum(1).mean().exp().item())
+    for p in rows(logits, splits).log_softmax(1).tensor_split(splits):
+        mean = p.logsumexp(0) - math.log(len(p))
+        values.append((p.exp() * (log_plus(p, eps) - log_plus(mean, eps))).sum(1).mean().exp().item())
     return float(np.mean(values)), float(np.std(values)), values
 
-
 def paired_kl(real, fake, variant="softmax"):
-    """mean_i KL(p_i || q_i), p from logits real (n, K), q from logits fake (n, K), row i of both belonging together.
-    softmax: one class holds; softmax_eps: 1e-6 added to q (PANNs); sigmoid_eps: a sum over independent classes."""
+    """mean_i KL(p_i || q_i) of logits real (p) and fake (q), (n, K), whose rows belong together. softmax_eps adds 1e-6
+    to q (PANNs); sigmoid_eps also takes the classes as independent, and sums over them."""
     real, fake = rows(real, 1), rows(fake, 1)
     if real.shape != fake.shape:
         raise UserError(f"Paired clips are needed: real logits are {tuple(real.shape)}, fake {tuple(fake.shape)}.")
     log = F.logsigmoid if variant == "sigmoid_eps" else functools.partial(F.log_softmax, dim=1)
-    logp, logq = log(real), log(fake)
-    if variant != "softmax":
-        logq = (logq.exp() + 1e-6).log()
-    return float((logp.exp() * (logp - logq)).sum(1).mean())
-
+    gap = log(real) - log_plus(log(fake), 0.0 if variant == "softmax" else 1e-6)
+    return float((log(real).exp() * gap).sum(1).mean())
 
 def cosine_score(u, v):
-    """CLAP or ImageBind score of embeddings u, v (n, D), or (n, S, D) of segments, averaged first -> (mean cosine of
-    the pairs, that of the pairs mismatched by rolling v by one clip, which is its floor)."""
-    u, v = (torch.as_tensor(z).double() for z in (u, v))
-    rows(u), rows(v)
-
-    def score(v):
-        return float(F.cosine_similarity(u, v, -1, 1e-8).reshape(len(u), -1).mean(1).mean())
-    return score(v), score(v.roll(1, 0))
+    """CLAP or ImageBind score of embeddings u, v: (n, D), or (n, S, D) of segments, which are averaged first -> (mean
+    cosine of the pairs, its floor: that of v rolled by one clip)."""
+    u, v = (rows(z).view(torch.as_tensor(z).shape) for z in (u, v))
+    score = [F.cosine_similarity(u, w, -1, 1e-8).reshape(len(u), -1).mean(1).mean() for w in (v, v.roll(1, 0))]
+    return float(score[0]), float(score[1])
 
 
 # ---- Reconstruction and mutual information -----------------------------------------------------------------
@@ -181,42 +146,32 @@ def psnr(x, y, peak=1.0):
     error = (torch.as_tensor(x).double() - torch.as_tensor(y).double()).flatten(1).square().mean(1)
     return 10 * torch.log10(torch.as_tensor(peak).double() ** 2 / error)
 
-
 def si_sdr(estimate, reference):
     """Scale-invariant signal-to-distortion ratio (n,) in dB of waveforms (n, L), means removed; NaN for silence."""
-    s, r = (torch.as_tensor(z).double() for z in (estimate, reference))
-    s, r = s - s.mean(1, keepdim=True), r - r.mean(1, keepdim=True)
+    s, r = (z - z.mean(1, keepdim=True) for z in (torch.as_tensor(estimate).double(), torch.as_tensor(reference).double()))
     target = (s * r).sum(1, keepdim=True) / r.square().sum(1, keepdim=True) * r
     return 10 * torch.log10(target.square().sum(1) / (s - target).square().sum(1))
 
-
-def mi_gaussian(x, y, dims=16, shrink=1e-3):
-    """1/2 (logdet Cx + logdet Cy - logdet Cxy) in nats: mutual information of rows x (n, D), y (n, E) were they
-    Gaussian, after PCA to at most `dims`; `shrink` of the mean variance is added to each variance."""
-    def principal(z):
-        z = rows(z) - rows(z).mean(0)
-        return z @ torch.linalg.svd(z, full_matrices=False)[2][:dims].T
-
-    def logdet(z):
-        c = z.T @ z / (len(z) - 1)
-        return torch.logdet(c + shrink * c.trace() / len(c) * torch.eye(len(c)))
-    x, y = principal(x), principal(y)
-    return float(logdet(x) + logdet(y) - logdet(torch.cat([x, y], 1))) / 2
-
+def mi_gaussian(x, y, dims=16, shrinkage=1e-3):
+    """Mutual information in nats of rows x (n, D) and y (n, E), were they Gaussian: (logdet Cx + logdet Cy - logdet Cxy)
+    / 2 after PCA to at most `dims`, with `shrinkage` of the mean variance added to every variance."""
+    x, y = (z - z.mean(0) for z in (rows(x), rows(y)))
+    x, y = (z @ torch.linalg.svd(z, full_matrices=False)[2][:dims].T for z in (x, y))
+    covs = [z.T @ z / (len(z) - 1) for z in (x, y, torch.cat([x, y], 1))]
+    logdets = [torch.logdet(c + shrinkage * c.trace() / len(c) * torch.eye(len(c))) for c in covs]
+    return float(logdets[0] + logdets[1] - logdets[2]) / 2
 
 def mi_histogram(x, y, bins=16):
     """Mutual information in nats of two scalars (n,) from a bins x bins histogram; biased by (bins - 1)^2 / (2 n)."""
     p = np.histogram2d(rows(x)[:, 0].numpy(), rows(y)[:, 0].numpy(), bins)[0]
-    p = p / p.sum()
-    q = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
+    p, q = p / p.sum(), p.sum(1, keepdims=True) * p.sum(0, keepdims=True) / p.sum() ** 2
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
-
 def mi_ksg(x, y, k=3):
-    """Mutual information in nats of rows x (n, D), y (n, E) from the distances to the k-th neighbours (Kraskov,
-    Stoegbauer and Grassberger 2004, eq. 8): psi(k) + psi(n) - mean(psi(nx + 1) + psi(ny + 1))."""
+    """Mutual information in nats of rows x (n, D) and y (n, E) from the distances to k-th neighbors (Kraskov et al.
+    2004, eq. 8): psi(k) + psi(n) - mean(psi(nx + 1) + psi(ny + 1))."""
     x, y, counts = rows(x, k + 1), rows(y, k + 1), 0
-    for i in range(0, len(x), 256):  # a few rows at a time: memory n, not n^2
+    for i in range(0, len(x), 256):  # a part of the rows at a time: memory grows with n, not n^2
         dx, dy = (torch.cdist(z[i:i + 256], z, p=math.inf) for z in (x, y))
         radius = torch.maximum(dx, dy).topk(k + 1, largest=False)[0][:, -1:]  # the nearest is the row itself
         counts = counts + sum(torch.digamma((d < radius).sum(1).clamp(min=1).double()).sum() for d in (dx, dy))
@@ -227,26 +182,22 @@ def mi_ksg(x, y, k=3):
 
 @functools.cache
 def random_filters(seed, *shapes):
-    """Fixed convolution weights. The first 24 filters of layer 1 ignore constant input and, in 3-D, the first 12 of
-    them anything that does not move."""
+    """Fixed convolution weights. Of layer 1, the first 24 filters ignore constant input and, in 3-D, the first 12 of
+    them all that does not move."""
     rng = np.random.RandomState(seed)  # its stream is the same in every version of numpy
     layers = [rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:])) for shape in shapes]
-    first = layers[0]
-    first[:24] -= first[:24].mean(tuple(range(2, first.ndim)), keepdims=True)
-    if first.ndim == 5:
-        first[:12] -= first[:12].mean(2, keepdims=True)
+    layers[0][:24] -= layers[0][:24].mean(tuple(range(2, layers[0].ndim)), keepdims=True)
+    layers[0][:12] -= layers[0][:12].mean(2, keepdims=True) if layers[0].ndim == 5 else 0
     return [torch.from_numpy(w.astype(np.float32)) for w in layers]
 
-
 def random_features(x, filters, strides, slopes):
-    """Convolve x (B, C, ...) layer by layer -> (list of the mean and deviation (B, C') of each layer, last layer)."""
+    """Convolve x (B, C, ...) layer by layer -> (list of the mean and deviation (B, C') of each layer, the last layer)."""
     stats = []
     for w, stride, slope in zip(filters, strides, slopes, strict=True):
         conv = F.conv3d if w.dim() == 5 else F.conv2d
         x = F.leaky_relu(conv(x, w.to(x), stride=stride, padding=[k // 2 for k in w.shape[2:]]), slope) * 1.4
         stats += [x.flatten(2).mean(2), x.flatten(2).std(2)]
     return stats, x
-
 
 def video_features(video):
     """Video (B, F, H, W, 3) float in [0, 1], F >= 5 -> (B, 844): 832 statistics of fixed random 3-D convolutions and,
@@ -255,8 +206,7 @@ def video_features(video):
     if T < 5:
         raise UserError(f"The built-in video features need clips of at least 5 frames, and these have {T}.")
     x = video.permute(0, 1, 4, 2, 3).flatten(0, 1) * 2 - 1  # (B T, 3, H, W)
-    if x.shape[2:] != (64, 64):
-        x = F.interpolate(x, size=(64, 64), mode="bilinear")  # trilinear, as T stays
+    x = F.interpolate(x, size=(64, 64), mode="bilinear")  # trilinear, as T stays
     small = F.avg_pool2d(x, 4).reshape(B, T, -1)  # (B, T, 768)
     x = x.reshape(B, T, 3, 64, 64).transpose(1, 2).contiguous()  # (B, 3, T, 64, 64)
     filters = random_filters(0, (32, 3, 3, 5, 5), (64, 32, 3, 3, 3), (64, 64, 3, 3, 3))
@@ -269,207 +219,276 @@ def video_features(video):
     motion += [second.mean(1), second.std(1, correction=0), third.mean(1)]
     return torch.cat([*stats, F.adaptive_avg_pool3d(x, 2).flatten(1), 30 * torch.stack(motion, 1)], 1)
 
-
 def resample(audio, old, new):
     """Audio (B, L) at `old` Hz -> (B, round(L new / old)), through its spectrum."""
     n, m = audio.shape[-1], round(audio.shape[-1] * new / old)
     return audio if old == new else torch.fft.irfft(torch.fft.rfft(audio)[..., :m // 2 + 1], m) * (m / n)
 
+def triangles(f, points):
+    """Filters (n, len(f)) that rise from points[i], reach 1 at points[i + 1], and are 0 again at points[i + 2]."""
+    left, mid, right = points[:-2, None], points[1:-1, None], points[2:, None]
+    return np.maximum(0, np.minimum((f - left) / (mid - left), (right - f) / (right - mid)))
 
 @functools.cache
-def mel_filters(rate, n_fft, n_mels, low=0.0, high=None, scale="slaney"):
-    """Triangular filters (n_mels, n_fft / 2 + 1), float64. slaney: linear to 1 kHz, then logarithmic, of equal area;
-    htk: 1127 ln(1 + f / 700), of equal height, triangles on the mel axis."""
+def mel_filters(rate, n_fft, n_mels):
+    """Slaney's triangles (n_mels, n_fft / 2 + 1) of equal area, up to rate / 2 > 1 kHz: linear to 1 kHz, then log."""
     step = math.log(6.4) / 27
-
-    def mel(f):
-        if scale == "htk":
-            return 1127 * np.log1p(f / 700)
-        return np.where(f < 1000, f * 0.015, 15 + np.log(np.maximum(f, 1000) / 1000) / step)
-
-    bins = np.arange(n_fft // 2 + 1) * rate / n_fft
-    points = np.linspace(mel(np.float64(low)), mel(np.float64(high or rate / 2)), n_mels + 2)
-    if scale == "htk":
-        bins = mel(bins)
-    else:
-        points = np.where(points < 15, points / 0.015, 1000 * np.exp((points - 15) * step))
-    left, mid, right = points[:-2, None], points[1:-1, None], points[2:, None]
-    filters = np.maximum(0, np.minimum((bins - left) / (mid - left), (right - bins) / (right - mid)))
-    return torch.from_numpy(filters if scale == "htk" else filters * 2 / (right - left))
-
+    mel = np.linspace(0, 15 + math.log(rate / 2000) / step, n_mels + 2)
+    points = np.where(mel < 15, mel / 0.015, 1000 * np.exp((mel - 15) * step))
+    filters = triangles(np.arange(n_fft // 2 + 1) * rate / n_fft, points)
+    return torch.from_numpy(filters * 2 / (points[2:] - points[:-2])[:, None])
 
 def mel_power(audio, rate, n_fft, hop, n_mels):
     """Audio (B, L) -> (B, n_mels, 1 + L // hop): Slaney mels of the power spectrum, Hann windows centered on multiples
-    of hop, silence beyond both ends."""
-    window = torch.hann_window(n_fft, dtype=audio.dtype, device=audio.device)
+    of hop, silence beyond both ends. Raises UserError for less than 50 ms."""
+    if audio.shape[-1] < rate / 20:
+        raise UserError(f"Sound of {audio.shape[-1]} samples is too short: at least 50 ms are needed.")
+    window = torch.hann_window(n_fft).to(audio)
     spectrum = torch.stft(audio, n_fft, hop, window=window, pad_mode="constant", return_complex=True)
     return mel_filters(rate, n_fft, n_mels).to(audio) @ spectrum.abs().square()
 
-
 def log_mel(audio, rate):
     """Audio (B, L) -> (B, 64, 1 + L' // 256): log mels of its L' samples at 16 kHz, floor 1e-5."""
-    if audio.shape[-1] < rate / 20:
-        raise UserError(f"Sound of {audio.shape[-1]} samples is too short: at least 50 ms are needed.")
     return (mel_power(resample(audio.double(), rate, 16000), 16000, 1024, 256, 64) + 1e-5).log().float()
 
-
 def audio_features(audio, rate):
-    """Audio (B, L) in [-1, 1] at `rate` Hz -> (B, 448): mean and deviation of 64 log mels, and of the layers of fixed
-    random 2-D convolutions of them."""
-    m = log_mel(audio, rate)
-    filters = random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
+    """Audio (B, L) in [-1, 1] -> (B, 448): mean and deviation of 64 log mels, and of random 2-D convolutions of them."""
+    m, filters = log_mel(audio, rate), random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
     stats, _ = random_features((m[:, None] + 6) / 4, filters, (1, 2, 2), (0, 0, 0))
     return torch.cat([m.mean(2) / 4, m.std(2) / 4, *stats], 1)
 
-
-def envelopes(gray, audio, rate):
-    """Gray frames (B, F, H, W) in [0, 1] and audio (B, L) -> motion and loudness-rise envelopes, both (B, F)."""
-    motion = None if gray is None else gray.diff(dim=1).abs().mean((2, 3))  # (B, F - 1)
-
-
 def joint_features(motion, rise):
-    """Motion and rise envelopes (n, F) -> (n, 9): their correlation at lags of -4 ... 4 frames."""
+    """Envelopes (n, F) of seen motion and heard rises -> (n, 9): their correlation at lags of -4 ... 4 frames."""
     x, y = ((e - e.mean(1, keepdim=True)) / (e.std(1, keepdim=True) + 1e-6) for e in (motion, rise))
     T = x.shape[1]
-    lags = [(x[:, max(l, 0):T + min(l, 0)] * y[:, max(-l, 0):T - max(l, 0)]).mean(1) for l in range(-4, 5)]
-    return torch.stack(lags, 1)
+    return torch.stack([(x[:, max(l, 0):T + min(l, 0)] * y[:, max(-l, 0):T - max(l, 0)]).mean(1)
+                        for l in range(-4, 5)], 1)
 
 
-# ---- Alignment: onsets, optical flow, AV-Align ------------------------------------------------------------
+# ---- Alignment: onsets, optical flow, AV-Align, events -----------------------------------------------------
 
 def onset_envelope(audio, rate, hop=512, n_fft=2048):
     """Audio (B, L) -> onset strength (B, 1 + L // hop): the mean rise in dB over 128 mels."""
     db = 10 * mel_power(audio.double(), rate, n_fft, hop, 128).clamp(min=1e-10).log10()
-    db = db.maximum(db.amax((1, 2), keepdim=True) - 80)
-    rise = db.diff(dim=2).clamp(min=0).mean(1)
-    return F.pad(rise, (1 + n_fft // (2 * hop), 0))[:, :db.shape[2]]  # a frame is heard when its window is centered
-
+    rise = db.maximum(db.amax((1, 2), keepdim=True) - 80).diff(dim=2).clamp(min=0).mean(1)
+    return F.pad(rise, (1 + n_fft // (2 * hop), 0))[:, :db.shape[2]]  # a sound enters a window before its center
 
 def onset_frames(envelope, rate, hop=512):
-    """Onset strength (T,) -> the frames of onsets, a list: maxima of 60 ms that stand 0.07 above the mean of 200 ms,
-    where the whole ranges over 0 ... 1."""
-    x = np.asarray(envelope, np.float64) - np.min(envelope)
-    x, frames, n = x / (x.max() + np.finfo(np.float32).tiny), [], 0
+    """Onset strength (T,) -> list of onset frames: the greatest of 30 ms and, on a scale from the least to the greatest
+    strength, 0.07 above the mean of 200 ms; never two within 30 ms."""
+    x, frames, n = np.asarray(envelope, np.float64) - np.min(envelope), [], 0
+    x = x / (x.max() + np.finfo(np.float32).tiny)
     before, wide, wait = (math.ceil(s * rate // hop) for s in (0.03, 0.1, 0.03))
     while n < len(x) and x.any():
-        peak = x[n] == x[max(0, n - before):n + 1].max()
-        if peak and x[n] >= x[max(0, n - wide):n + wide + 1].mean() + 0.07:
+        greatest = x[n] == x[max(0, n - before):n + 1].max()
+        if greatest and x[n] >= x[max(0, n - wide):n + wide + 1].mean() + 0.07:
             frames.append(n)
             n += wait
         n += 1
     return frames
 
-
 def onset_times(audio, rate):
-    """Audio (B, L) -> for each clip the list of its onsets, s. At 22,050 Hz, the rate that the constants are made for:
-    at 16 kHz every onset would be found twice."""
+    """Audio (B, L) -> for each clip the list of its onsets, s, found at 22,050 Hz: at 16 kHz, `wait` would be 0."""
     strength = onset_envelope(resample(audio.double(), rate, 22050), 22050)
-    return [[n * 512 / 22050 for n in onset_frames(e.cpu().numpy(), 22050)] for e in strength]
+    return [[n * 512 / 22050 for n in onset_frames(e, 22050)] for e in strength.numpy()]
 
-
-def filter_matrix(taps, n, border):
-    """The (n, n) matrix that applies a filter of odd length along an axis of n pixels; border as in numpy.pad."""
+@functools.cache
+def filter_matrix(taps, n, border, scale=1.0):
+    """The (n, round(n scale)) matrix that filters an axis of n pixels from the right, x @ M, and resizes it."""
     padded = np.pad(np.eye(n), ((len(taps) // 2,) * 2, (0, 0)), border)
-    return torch.from_numpy(sum(w * padded[k:k + n] for k, w in enumerate(taps))).float()
+    m = torch.from_numpy(sum(w * padded[k:k + n] for k, w in enumerate(taps))).float().T
+    return m if scale == 1 else F.interpolate(m[None], size=round(n * scale), mode="linear")[0]
 
+def separable(x, across, down):
+    """Filter the rows and the columns of x (..., H, W) by two matrices."""
+    return down.T @ (x @ across)
 
-def shrink(gray, scale):
-    """Blur (..., H, W) and resize it by `scale`: a level of the pyramid."""
-    sigma = (1 / scale - 1) / 2
-    r = max(round(5 * sigma) | 1, 3) // 2
-    taps = np.exp(-np.arange(-r, r + 1) ** 2 / (2 * (sigma or 0.8) ** 2))
-    for _ in range(2):  # rows, then columns
-        n = gray.shape[-1]
-        m = filter_matrix(taps / taps.sum(), n, "reflect")
-        m = F.interpolate(m.T[None], size=round(n * scale), mode="linear")[0] if scale < 1 else m.T  # (n, n')
-        gray = (gray @ m).transpose(-1, -2)
-    return gray
-
+def gaussian(sigma, radius):
+    taps = np.exp(-np.arange(-radius, radius + 1) ** 2 / (2 * sigma ** 2))
+    return taps / taps.sum()
 
 def quadratic_fit(gray):
-    """Fit f(x, y) = c + b . (x, y) + (x, y) A (x, y)^T around every pixel of (..., H, W), with Gaussian weights ->
-    (5, ..., H, W): b_x, b_y, A_xx, A_yy, A_xy."""
-    u, powers = np.arange(-5, 6), ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1))
-    w = np.exp(-u ** 2 / (2 * 1.2 ** 2))
-    w = w / w.sum()
+    """Fit f(x, y) = c + b . (x, y) + (x, y) A (x, y)^T around each pixel of (..., H, W), Gaussian weights -> b_x, b_y,
+    A_xx, A_yy, A_xy as (5, ..., H, W)."""
+    u, w, powers = np.arange(-5, 6), gaussian(1.2, 5), ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1))
     basis = np.stack([np.outer(u ** j, u ** i).ravel() for i, j in powers])  # (6, 121)
     solve = np.linalg.inv(basis * np.outer(w, w).ravel() @ basis.T)[1:] * [[1], [1], [1], [1], [0.5]]
-    across, down = ([filter_matrix(w * u ** i, n, "edge") for i in range(3)] for n in (gray.shape[-1], gray.shape[-2]))
-    rows_ = [gray @ m.T for m in across]
-    moments = torch.stack([down[j] @ rows_[i] for i, j in powers])
+    across, down = ([filter_matrix(tuple(w * u ** i), n, "edge") for i in range(3)] for n in reversed(gray.shape[-2:]))
+    moments = torch.stack([separable(gray, across[i], down[j]) for i, j in powers])
     return torch.tensordot(torch.from_numpy(solve).float(), moments, 1)
 
-
-def optical_flow(gray):
-    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), pixels to the right and down;
-    three levels at most, of at least 32 pixels, three rounds each, windows of 15 pixels."""
-    (H, W), flow = gray.shape[-2:], None
-    levels = max(k for k in range(4) if k == 0 or min(H, W) * 0.5 ** k >= 32)
-    for k in range(levels, -1, -1):
-        fit = quadratic_fit(shrink(gray, 0.5 ** k))  # (5, B, F, h, w)
-        h, w = fit.shape[-2:]
-        first, second = fit[:, :, :-1].flatten(1, 2), fit[:, :, 1:].flatten(1, 2)  # (5, P, h, w), P = B (F - 1) pairs
-        if flow is None:
-            flow = torch.zeros(first.shape[1], 2, h, w)
-        else:
-            flow = F.interpolate(flow, size=(h, w), mode="bilinear") * 2
-        for _ in range(3):
-            flow = refine_flow(first, second, flow)
-    return flow.view(*gray.diff(dim=1).shape[:2], 2, H, W)
-
-
 def refine_flow(first, second, flow):
-    """One round: from the fits (5, P, h, w) of both frames of each pair and the flow (P, 2, h, w), a better flow."""
+    """One round: fits (5, P, h, w) of both frames of P pairs and the flow (P, 2, h, w) so far -> a better flow."""
     h, w = flow.shape[-2:]
-    x = torch.arange(w) + flow[:, 0]
-    y = torch.arange(h)[:, None] + flow[:, 1]  # (P, h, w): where each pixel goes
+    x, y = torch.arange(w) + flow[:, 0], torch.arange(h)[:, None] + flow[:, 1]  # (P, h, w): where each pixel goes
     grid = torch.stack([x * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1], -1)
     there = F.grid_sample(second.transpose(0, 1), grid, align_corners=True).transpose(0, 1)
     inside = (x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)
-    axx, ayy, axy = torch.where(inside, (first[2:] + there[2:]) / 2, first[2:])
-    bx, by = torch.where(inside, (first[:2] - there[:2]) / 2, 0)
-    fx, fy = flow.unbind(1)
-    # A d = (b1 - b2) / 2, less trusted at the border; least squares over the window: mean(A^T A) d = mean(A^T db)
-    edge = [torch.tensor([0.14, 0.14, *[0.4472] * 3, *[1.0] * n])[torch.arange(n).minimum(torch.arange(n).flip(0))]
-            for n in (h, w)]
-    weight = edge[0][:, None] * edge[1]
-    bx, by = (bx + axx * fx + axy * fy) * weight, (by + axy * fx + ayy * fy) * weight
-    axx, ayy, axy = axx * weight, ayy * weight, axy * weight
-    g = torch.stack([axx * axx + axy * axy, ayy * ayy + axy * axy, (axx + ayy) * axy, axx * bx + axy * by, axy * bx + ayy * by])
-    box = np.full(15, 1 / 15)
-    gxx, gyy, gxy, hx, hy = filter_matrix(box, h, "edge") @ g @ filter_matrix(box, w, "edge").T
-    det = gxx * gyy - gxy * gxy + 1e-3
-    return torch.stack([gyy * hx - gxy * hy, gxx * hy - gxy * hx], 1) / det[:, None]
+    # A d = (b1 - b2) / 2 + A flow with the mean A of both frames, trusted less at the borders,
+    edges = [torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472, 1.0])[  # of the outermost five pixels
+        torch.arange(n).minimum(torch.arange(n).flip(0)).clamp(max=5)] for n in (h, w)]
+    xx, yy, xy = torch.where(inside, (first[2:] + there[2:]) / 2, first[2:]) * edges[0][:, None] * edges[1]
+    bx, by = torch.where(inside, (first[:2] - there[:2]) / 2, 0) * edges[0][:, None] * edges[1]
+    bx, by = bx + xx * flow[:, 0] + xy * flow[:, 1], by + xy * flow[:, 0] + yy * flow[:, 1]
+    # by least squares in windows of 15 x 15: d = mean(A^T A)^-1 mean(A^T b)
+    g = torch.stack([xx * xx + xy * xy, yy * yy + xy * xy, (xx + yy) * xy, xx * bx + xy * by, xy * bx + yy * by])
+    gxx, gyy, gxy, hx, hy = separable(g, *(filter_matrix((1 / 15,) * 15, n, "edge") for n in (w, h)))
+    return torch.stack([gyy * hx - gxy * hy, gxx * hy - gxy * hx], 1) / (gxx * gyy - gxy * gxy + 1e-3)[:, None]
 
-
-def flow_trajectory(gray):
-    """Gray frames (B, F, H, W), 0 ... 255 -> (B, F): mean length of the flow into each frame, pixels, the first twice."""
-    speed = optical_flow(gray).norm(dim=2).mean((2, 3))  # (B, F - 1)
-    return torch.cat([speed[:, :1], speed], 1)
-
+def optical_flow(gray):
+    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), pixels to the right and down: up
+    to three halvings, none below 32 pixels, and three rounds at each size, the smallest first."""
+    (B, T, H, W), flow = gray.shape, None
+    for k in reversed([k for k in range(4) if k == 0 or min(H, W) >= 32 * 2 ** k]):
+        taps = tuple(gaussian((2 ** k - 1) / 2 or 0.8, max(round(2.5 * (2 ** k - 1)) | 1, 3) // 2))
+        fit = quadratic_fit(separable(gray, *(filter_matrix(taps, n, "reflect", 0.5 ** k) for n in (W, H))))
+        first, second = fit[:, :, :-1].flatten(1, 2), fit[:, :, 1:].flatten(1, 2)  # (5, P, h, w), P = B (F - 1) pairs
+        size = first.shape[-2:]
+        flow = torch.zeros(B * (T - 1), 2, *size) if flow is None else 2 * F.interpolate(flow, size=size, mode="bilinear")
+        for _ in range(3):
+            flow = refine_flow(first, second, flow)
+    return flow.view(B, T - 1, 2, H, W)
 
 def peak_times(trajectory, fps, threshold=0.1):
     """Times (s) of the strict local maxima of a trajectory (F,) that reach `threshold`; never its ends."""
     x = [float(v) for v in trajectory]
     return [i / fps for i in range(1, len(x) - 1) if x[i - 1] < x[i] > x[i + 1] and x[i] >= threshold]
 
-
 def av_align_iou(audio_peaks, video_peaks, fps):
-    """AV-Align as intersection over union (TempoTokens): each audio peak takes the first free video peak nearer than a
-    frame. 0 if one list is empty; NaN, to be left out of means, if both are."""
-    free, hits = list(video_peaks), 0
+    """AV-Align, intersection over union: each audio peak takes the first free video peak less than a frame away. 0 if
+    one list is empty; NaN, which means leave out, if both are."""
+    free = list(video_peaks)
     for a in audio_peaks:
         match = next((v for v in free if v - 1 / fps < a < v + 1 / fps), None)
-        if match is not None:
-            free.remove(match)
-            hits += 1
-    union = len(audio_peaks) + len(video_peaks) - hits
-    return hits / union if union else math.nan
-
+        free = free if match is None else [v for i, v in enumerate(free) if i != free.index(match)]
+    hits = len(video_peaks) - len(free)
+    union = len(audio_peaks) + len(free)
+    return hits / union if union else NAN
 
 def av_align_mean(audio_peaks, video_peaks, fps, window=3):
-    """AV-Align as ProAV-DiT states it: the mean of the shares of audio and of video peaks that have a peak of the other
-    kind within `window` frames; a share of no peaks is 0."""
-    def share(some, others):
-        return np.mean([any(abs(s - o) <= window / fps for o in others) for s in some]) if some else 0.0
-    return float(share(audio_peaks, video_peaks) + share(video_peaks, audio_peaks)) / 2
+    """AV-Align, two-way mean: of the share of audio peaks with a video peak within `window` frames, and the reverse; a
+    share of no peaks is 0."""
+    near = np.abs(np.subtract.outer(audio_peaks, video_peaks)) <= window / fps + 1e-9
+    return float(near.any(0).mean() + near.any(1).mean()) / 2 if near.size else 0.0
+
+def flash_times(gray, fps):
+    """Gray frames (B, F, H, W), 0 ... 255 -> for each clip the middles (s) of the frames where most of the picture
+    lights up: impacts in toy clips."""
+    level = gray.flatten(2).median(2)[0]  # (B, F): of the background, more than half of the pixels
+    level = F.pad(level - level.median(1, keepdim=True)[0], (1, 1))
+    peak = (level[:, 1:-1] > 30) & (level[:, 1:-1] > level[:, :-2]) & (level[:, 1:-1] >= level[:, 2:])
+    return [[(int(i) + 0.5) / fps for i in p.nonzero()] for p in peak]
+
+def sync_error(events, onsets, start=0.1):
+    """Mean distance (ms) of each event to the nearest onset and of each onset to the nearest event; of times (s) after
+    `start`, as the beginning of a sound is always an onset. NaN, which means leave out, where either has none."""
+    e, o = ([t for t in times if t >= start] for times in (events, onsets))
+    apart = np.abs(np.subtract.outer(e, o))
+    return 1000 * float(np.mean([*apart.min(0), *apart.min(1)])) if apart.size else NAN
+
+
+# ---- Extractors, and classes without a network -------------------------------------------------------------
+
+def i3d(model, video):  # the shorter side 224, its center, [-1, 1]; logits are averaged over time
+    x = video.permute(0, 1, 4, 2, 3).flatten(0, 1)  # (B F, 3, H, W)
+    H, W = (round(n * 224 / min(x.shape[2:])) for n in x.shape[2:])
+    x = F.interpolate(x, size=(H, W), mode="bilinear")[..., (H - 224) // 2:, (W - 224) // 2:][..., :224, :224]
+    out = model(x.unflatten(0, video.shape[:2]).transpose(1, 2) * 2 - 1)  # of (B, 3, F, 224, 224)
+    return out.flatten(2).mean(2) if out.dim() > 2 else out
+
+def stylegan_v(model, video):  # (B, 3, F, H, W) in [0, 255], which the file resizes
+    return model(video.permute(0, 4, 1, 2, 3) * 255, rescale=True, resize=True, return_features=True)
+
+def vggish16k(model, audio, rate):  # log mels (HTK) of patches of 0.96 s, (B P, 1, 96, 64) -> (B, P, D)
+    x = resample(audio, rate, 16000)
+    x = F.pad(x, (0, max(0, 15600 - x.shape[1])))  # a patch at least: 95 hops of 160 and a window of 400
+    x = torch.stft(x, 512, 160, 400, torch.hann_window(400).to(x), center=False, return_complex=True).abs()
+    f, points = (1127 * np.log1p(z / 700) for z in (np.arange(257) * 31.25, np.array([125, 7500])))
+    m = (torch.from_numpy(triangles(f, np.linspace(*points, 66))).to(x) @ x + 0.01).log().transpose(1, 2)  # (B, T, 64)
+    m = m[:, :m.shape[1] // 96 * 96].unflatten(1, (-1, 1, 96))  # (B, P, 1, 96, 64)
+    return model(m.flatten(0, 1)).unflatten(0, m.shape[:2])
+
+def audioclip44k(model, audio, rate):  # 1.6 s, (B, 70560) -> embeddings of length 1
+    x = resample(audio, rate, 44100)[:, :70560]
+    return F.normalize(model(F.pad(x, (0, 70560 - x.shape[1]))), dim=-1)
+
+PREPARE = {"video": {"i3d": i3d, "stylegan-v": stylegan_v}, "audio": {"vggish16k": vggish16k, "audioclip44k": audioclip44k}}
+
+def extractor(form, kind):
+    """None or "builtin", "FILE.ts", "module:function" (both also behind "preset:"), or a callable, for `kind` video or
+    audio -> (callable, name). Raises UserError when there is no such thing."""
+    if form in (None, "builtin"):  # one clip at a time is as fast on a CPU, and no batch size changes a bit
+        features = video_features if kind == "video" else audio_features
+        return lambda x, *rate: torch.cat([features(clip[None], *rate) for clip in x]), "builtin"
+    if callable(form):
+        return form, getattr(form, "__name__", "callable")
+    preset, _, rest = form.partition(":") if form.partition(":")[0] in PREPARE[kind] else ("", "", form)
+    module, _, name = rest.partition(":")
+    try:
+        if os.path.isfile(rest):
+            path, model = rest, torch.jit.load(rest, map_location="cpu").eval()
+        else:
+            sys.path.append(os.getcwd())
+            path, model = importlib.import_module(module).__file__, getattr(sys.modules[module], name)
+    except (ImportError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"Cannot use '{form}' for {kind} features, as a TorchScript file or as module:function: "
+                        f"{str(error).splitlines()[0]}.") from None
+    tag = f"{preset or name or Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
+    return functools.partial(PREPARE[kind][preset], model) if preset else model, tag
+
+def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
+    """Gaussian classifier with one covariance, in closed form, from features x (n, D) and n labels -> (function from
+    features to logits (n, K), the K class names): prompt accuracy, IS and KL without a pretrained network."""
+    x, names = rows(x), sorted(set(labels))
+    y, mean, std = torch.tensor([names.index(label) for label in labels]), x.mean(0), x.std(0) + 1e-4
+    axes = torch.linalg.svd((x - mean) / std, full_matrices=False)[2][:dims].T  # PCA
+    x = (x - mean) / std @ axes
+    means = torch.stack([x[y == c].mean(0) for c in range(len(names))])
+    cov = (x - means[y]).T @ (x - means[y]) / len(x)
+    cov = (1 - shrinkage) * cov + shrinkage * cov.trace() / len(cov) * torch.eye(len(cov))
+    weight = torch.linalg.solve(cov, means.T)  # (dims, K)
+    bias = (means.T * weight).sum(0) / 2
+    return lambda z: (((rows(z, 1) - mean) / std) @ axes @ weight - bias) / temperature, names
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+
+def npz_clips(path):
+    """An .npz file, one clip or many -> (a dict of arrays per clip, fps, rate). Raises UserError if it is not one."""
+    try:
+        with np.load(path) as f:
+            z = dict(f)
+        fps, rate = int(z.pop("fps")), int(z.pop("rate"))
+        z = {k: x.reshape(-1, *x.shape[x.ndim - {"video": 4, "audio": 1}.get(k, 0):]) for k, x in z.items()}
+        return [dict(zip(z, clip, strict=True)) for clip in zip(*z.values(), strict=True)], fps, rate
+    except Exception as error:  # whatever np.load makes of it
+        raise UserError(f"Cannot use {path}: it must hold video uint8 (n, F, H, W, 3), audio float32 (n, L), fps and rate "
+                        f"({str(error).splitlines()[0]}).") from None
+
+def open_clips(what, split, args):
+    """The clips that --real or --fake names -> (sequence of dicts, at most args.n long; what it is, for the header).
+    A folder of .npz files sets args.fps and args.rate."""
+    import data
+    shape, rng, order = (args.frames, args.size, args.fps, args.rate), np.random.default_rng(0), None
+    if not Path(what).is_dir():
+        clips, about = data.open_dataset(what, split, *shape), f"{what}, {split} split"
+        if hasattr(clips, "windows"):
+            clips.val = True  # disjoint windows, in order
+            order = rng.permutation(len(clips))
+        if order is not None and args.protocol == "stylegan-v":
+            videos = {}
+            for i in order:
+                videos.setdefault(clips.clips[clips.windows[i][0]]["source"], []).append(i)
+            videos = list(videos.values())
+            order = [rng.choice(videos[i % len(videos)]) for i in range(min(args.n, len(clips)))]
+    elif files := sorted(Path(what).glob("**/*.npz")):
+        parts = [npz_clips(path) for path in files]
+        clips, about = [clip for part in parts for clip in part[0]], f"{len(files)} .npz in {what}, uncompressed"
+        args.fps, args.rate = parts[0][1:]
+    else:
+        files = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in data.ENDINGS)
+        clips, about = Videos(files, shape), f"{len(files)} videos in {what}, compressed, which changes FVD and FAD"
+    if not len(clips):
+        raise UserError(f"There are no .npz files and no videos in {what}.")
+    order = range(len(clips)) if order is None else order
+    return torch.utils.data.Subset(clips, order[:args.n]), about
