@@ -41,8 +41,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-NAN = math.nan
-
 
 class UserError(ValueError):
     """Something the user can mend; the message is one sentence."""
@@ -51,8 +49,7 @@ class UserError(ValueError):
 # ---- Distances between sets of features, in float64 --------------------------------------------------------
 
 def rows(x, least=2):
-    """x (n, D), or (n, T, D) whose rows are stacked -> float64 (rows, D). Raises UserError for fewer than `least` rows
-    and for values that are not finite."""
+    """x (n, D), or (n, T, D) to be stacked -> float64 (rows, D). UserError for fewer than `least`, NaN or infinity."""
     x = torch.as_tensor(x).detach().double()
     x = x.flatten(0, -2) if x.dim() > 1 else x[:, None]
     if len(x) < least:
@@ -62,17 +59,15 @@ def rows(x, least=2):
     return x
 
 def moments(x):
-    """The sum of (x, 1) (x, 1)^T over rows x (n, D) -> (D + 1, D + 1). Such sums add up over batches and (all_reduce)
-    processes, so that memory does not grow with n; frechet_of_moments compares two."""
+    """Sum of (x, 1) (x, 1)^T over rows x (n, D) -> (D + 1, D + 1): adds up over batches and, by all_reduce, processes."""
     x = F.pad(rows(x, 0), (0, 1), value=1.0)  # (n, D + 1): the last row of the sum is that of x, and n
     return x.T @ x
 
 def frechet_of_moments(a, b):
     """|mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0, from the moments() of x and y."""
-    n, m = rows(torch.stack([a[-1, -1], b[-1, -1]])).flatten()
+    n, m, mx, my = a[-1, -1], b[-1, -1], a[-1, :-1] / a[-1, -1], b[-1, :-1] / b[-1, -1]
     if min(n, m) < 2:
         raise UserError(f"This metric needs at least 2 clips or rows, and got {int(min(n, m))}.")
-    mx, my = a[-1, :-1] / n, b[-1, :-1] / m
     sx, sy = ((t[:-1, :-1] - torch.outer(t[-1, :-1], t[-1, :-1]) / k) / (k - 1) for t, k in ((a, n), (b, m)))
     w, u = torch.linalg.eigh(sx)
     root = (u * w.clamp(min=0).sqrt()) @ u.T  # root Sy root is symmetric, with the eigenvalues of Sx Sy
@@ -93,8 +88,7 @@ def frechet(x, y):
     return max(0.0, float((mx - my).square().sum() + x.square().sum() / n + y.square().sum() / m - 2 * trace))
 
 def mmd(x, y):
-    """KVD: unbiased MMD^2 of rows x (n, D) and y (m, D) under the kernel (a.b / D + 1)^3. It may be negative, as for
-    identical sets, where the cross term alone keeps its diagonal."""
+    """KVD: unbiased MMD^2 of rows x (n, D) and y (m, D), kernel (a.b / D + 1)^3; negative e.g. for identical sets."""
     x, y = rows(x), rows(y)
     xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]  # over pairs of different rows
@@ -108,12 +102,11 @@ def mmd_blocks(x, y, block=50):
     return float(np.mean(values)), float(np.std(values)), values
 
 def log_plus(logp, eps):
-    """log(p + eps) of log-probabilities, without leaving logarithms: a class whose p underflows is no NaN."""
+    """log(p + eps) of log-probabilities, so that no class underflows to NaN; MM-Diffusion adds 1e-7, PANNs 1e-6."""
     return torch.logaddexp(logp, torch.tensor(eps).to(logp).log())
 
 def inception_score(logits, splits=1, eps=0.0):
-    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in each of `splits` parts -> (mean, standard deviation, list). eps
-    inside both logarithms, 1e-7 in MM-Diffusion."""
+    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in `splits` parts -> (mean, deviation, list); eps: see log_plus."""
     values = []
     for p in rows(logits, splits).log_softmax(1).tensor_split(splits):
         mean = p.logsumexp(0) - math.log(len(p))
@@ -121,8 +114,8 @@ def inception_score(logits, splits=1, eps=0.0):
     return float(np.mean(values)), float(np.std(values)), values
 
 def paired_kl(real, fake, variant="softmax"):
-    """mean_i KL(p_i || q_i) of logits real (p) and fake (q), (n, K), whose rows belong together. softmax_eps adds 1e-6
-    to q (PANNs); sigmoid_eps also takes the classes as independent, and sums over them."""
+    """mean_i KL(p_i || q_i) of the logits (n, K) of paired clips, p real, q fake. softmax_eps adds 1e-6 to q; so does
+    sigmoid_eps, which takes classes as independent and sums over them."""
     real, fake = rows(real, 1), rows(fake, 1)
     if real.shape != fake.shape:
         raise UserError(f"Paired clips are needed: real logits are {tuple(real.shape)}, fake {tuple(fake.shape)}.")
@@ -131,8 +124,8 @@ def paired_kl(real, fake, variant="softmax"):
     return float((log(real).exp() * gap).sum(1).mean())
 
 def cosine_score(u, v):
-    """CLAP or ImageBind score of embeddings u, v: (n, D), or (n, S, D) of segments, which are averaged first -> (mean
-    cosine of the pairs, its floor: that of v rolled by one clip)."""
+    """CLAP or ImageBind score of embeddings (n, D), or (n, S, D) of segments, averaged first -> (mean cosine, its floor:
+    the same with v rolled by one clip)."""
     u, v = (rows(z).view(torch.as_tensor(z).shape) for z in (u, v))
     score = [F.cosine_similarity(u, w, -1, 1e-8).reshape(len(u), -1).mean(1).mean() for w in (v, v.roll(1, 0))]
     return float(score[0]), float(score[1])
@@ -141,20 +134,19 @@ def cosine_score(u, v):
 # ---- Reconstruction and mutual information -----------------------------------------------------------------
 
 def psnr(x, y, peak=1.0):
-    """10 log10(peak^2 / MSE) of each clip x[i] against y[i] -> (n,) dB; infinite for equal clips. Video in [0, 1] has
-    peak 1, a waveform in [-1, 1] peak 2; `peak` may be (n,)."""
+    """10 log10(peak^2 / MSE) of each clip x[i] against y[i] -> (n,) dB. Peak 1 for [0, 1], 2 for [-1, 1], or (n,)."""
     error = (torch.as_tensor(x).double() - torch.as_tensor(y).double()).flatten(1).square().mean(1)
     return 10 * torch.log10(torch.as_tensor(peak).double() ** 2 / error)
 
 def si_sdr(estimate, reference):
     """Scale-invariant signal-to-distortion ratio (n,) in dB of waveforms (n, L), means removed; NaN for silence."""
-    s, r = (z - z.mean(1, keepdim=True) for z in (torch.as_tensor(estimate).double(), torch.as_tensor(reference).double()))
+    s, r = (rows(z, 1) - rows(z, 1).mean(1, keepdim=True) for z in (estimate, reference))
     target = (s * r).sum(1, keepdim=True) / r.square().sum(1, keepdim=True) * r
     return 10 * torch.log10(target.square().sum(1) / (s - target).square().sum(1))
 
 def mi_gaussian(x, y, dims=16, shrinkage=1e-3):
-    """Mutual information in nats of rows x (n, D) and y (n, E), were they Gaussian: (logdet Cx + logdet Cy - logdet Cxy)
-    / 2 after PCA to at most `dims`, with `shrinkage` of the mean variance added to every variance."""
+    """Mutual information in nats of rows x (n, D), y (n, E), were they Gaussian: (logdet Cx + logdet Cy - logdet Cxy) / 2
+    after PCA to at most `dims`; `shrinkage` of the mean variance is added to each variance."""
     x, y = (z - z.mean(0) for z in (rows(x), rows(y)))
     x, y = (z @ torch.linalg.svd(z, full_matrices=False)[2][:dims].T for z in (x, y))
     covs = [z.T @ z / (len(z) - 1) for z in (x, y, torch.cat([x, y], 1))]
@@ -168,13 +160,13 @@ def mi_histogram(x, y, bins=16):
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 def mi_ksg(x, y, k=3):
-    """Mutual information in nats of rows x (n, D) and y (n, E) from the distances to k-th neighbors (Kraskov et al.
-    2004, eq. 8): psi(k) + psi(n) - mean(psi(nx + 1) + psi(ny + 1))."""
+    """Mutual information in nats of rows x (n, D), y (n, E) from k-th neighbors (Kraskov et al. 2004, eq. 8)."""
     x, y, counts = rows(x, k + 1), rows(y, k + 1), 0
     for i in range(0, len(x), 256):  # a part of the rows at a time: memory grows with n, not n^2
         dx, dy = (torch.cdist(z[i:i + 256], z, p=math.inf) for z in (x, y))
         radius = torch.maximum(dx, dy).topk(k + 1, largest=False)[0][:, -1:]  # the nearest is the row itself
         counts = counts + sum(torch.digamma((d < radius).sum(1).clamp(min=1).double()).sum() for d in (dx, dy))
+    # psi(k) + psi(n) - mean(psi(nx + 1) + psi(ny + 1))
     return float(torch.digamma(torch.tensor([k, len(x)]).double()).sum() - counts / len(x))
 
 
@@ -182,8 +174,7 @@ def mi_ksg(x, y, k=3):
 
 @functools.cache
 def random_filters(seed, *shapes):
-    """Fixed convolution weights. Of layer 1, the first 24 filters ignore constant input and, in 3-D, the first 12 of
-    them all that does not move."""
+    """Fixed convolutions. In layer 1, 24 filters ignore constant input and 12 of them, if 3-D, all that stands still."""
     rng = np.random.RandomState(seed)  # its stream is the same in every version of numpy
     layers = [rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:])) for shape in shapes]
     layers[0][:24] -= layers[0][:24].mean(tuple(range(2, layers[0].ndim)), keepdims=True)
@@ -191,7 +182,7 @@ def random_filters(seed, *shapes):
     return [torch.from_numpy(w.astype(np.float32)) for w in layers]
 
 def random_features(x, filters, strides, slopes):
-    """Convolve x (B, C, ...) layer by layer -> (list of the mean and deviation (B, C') of each layer, the last layer)."""
+    """Convolve x (B, C, ...) layer by layer -> (list of mean and deviation (B, C') of each layer, last layer)."""
     stats = []
     for w, stride, slope in zip(filters, strides, slopes, strict=True):
         conv = F.conv3d if w.dim() == 5 else F.conv2d
@@ -200,8 +191,7 @@ def random_features(x, filters, strides, slopes):
     return stats, x
 
 def video_features(video):
-    """Video (B, F, H, W, 3) float in [0, 1], F >= 5 -> (B, 844): 832 statistics of fixed random 3-D convolutions and,
-    times 30, 12 of motion, which shuffled frames change most."""
+    """Video (B, F >= 5, H, W, 3) in [0, 1] -> (B, 844): 832 statistics of fixed convolutions, 12 of motion times 30."""
     B, T = video.shape[:2]
     if T < 5:
         raise UserError(f"The built-in video features need clips of at least 5 frames, and these have {T}.")
@@ -239,8 +229,8 @@ def mel_filters(rate, n_fft, n_mels):
     return torch.from_numpy(filters * 2 / (points[2:] - points[:-2])[:, None])
 
 def mel_power(audio, rate, n_fft, hop, n_mels):
-    """Audio (B, L) -> (B, n_mels, 1 + L // hop): Slaney mels of the power spectrum, Hann windows centered on multiples
-    of hop, silence beyond both ends. Raises UserError for less than 50 ms."""
+    """Audio (B, L) -> (B, n_mels, 1 + L // hop): Slaney mels of the power in Hann windows centered on multiples of hop,
+    silence beyond both ends. Raises UserError for less than 50 ms."""
     if audio.shape[-1] < rate / 20:
         raise UserError(f"Sound of {audio.shape[-1]} samples is too short: at least 50 ms are needed.")
     window = torch.hann_window(n_fft).to(audio)
@@ -252,7 +242,7 @@ def log_mel(audio, rate):
     return (mel_power(resample(audio.double(), rate, 16000), 16000, 1024, 256, 64) + 1e-5).log().float()
 
 def audio_features(audio, rate):
-    """Audio (B, L) in [-1, 1] -> (B, 448): mean and deviation of 64 log mels, and of random 2-D convolutions of them."""
+    """Audio (B, L) in [-1, 1] -> (B, 448): mean and deviation of 64 log mels and of fixed convolutions of them."""
     m, filters = log_mel(audio, rate), random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
     stats, _ = random_features((m[:, None] + 6) / 4, filters, (1, 2, 2), (0, 0, 0))
     return torch.cat([m.mean(2) / 4, m.std(2) / 4, *stats], 1)
@@ -274,10 +264,9 @@ def onset_envelope(audio, rate, hop=512, n_fft=2048):
     return F.pad(rise, (1 + n_fft // (2 * hop), 0))[:, :db.shape[2]]  # a sound enters a window before its center
 
 def onset_frames(envelope, rate, hop=512):
-    """Onset strength (T,) -> list of onset frames: the greatest of 30 ms and, on a scale from the least to the greatest
-    strength, 0.07 above the mean of 200 ms; never two within 30 ms."""
-    x, frames, n = np.asarray(envelope, np.float64) - np.min(envelope), [], 0
-    x = x / (x.max() + np.finfo(np.float32).tiny)
+    """Onset strength (T,), scaled to 0 ... 1 -> list of frames: greatest in 30 ms, 0.07 above the mean of 200 ms."""
+    x, frames, n = np.asarray(envelope, np.float64), [], 0
+    x = (x - x.min()) / (np.ptp(x) + np.finfo(np.float32).tiny)
     before, wide, wait = (math.ceil(s * rate // hop) for s in (0.03, 0.1, 0.03))
     while n < len(x) and x.any():
         greatest = x[n] == x[max(0, n - before):n + 1].max()
@@ -288,9 +277,9 @@ def onset_frames(envelope, rate, hop=512):
     return frames
 
 def onset_times(audio, rate):
-    """Audio (B, L) -> for each clip the list of its onsets, s, found at 22,050 Hz: at 16 kHz, `wait` would be 0."""
-    strength = onset_envelope(resample(audio.double(), rate, 22050), 22050)
-    return [[n * 512 / 22050 for n in onset_frames(e, 22050)] for e in strength.numpy()]
+    """Audio (L,) -> list of its onsets, s, found at 22,050 Hz, as at 16 kHz most would be found twice."""
+    strength = onset_envelope(resample(audio[None].double(), rate, 22050), 22050)[0]
+    return [n * 512 / 22050 for n in onset_frames(strength, 22050)]
 
 @functools.cache
 def filter_matrix(taps, n, border, scale=1.0):
@@ -308,8 +297,7 @@ def gaussian(sigma, radius):
     return taps / taps.sum()
 
 def quadratic_fit(gray):
-    """Fit f(x, y) = c + b . (x, y) + (x, y) A (x, y)^T around each pixel of (..., H, W), Gaussian weights -> b_x, b_y,
-    A_xx, A_yy, A_xy as (5, ..., H, W)."""
+    """Fit c + b . (x, y) + (x, y) A (x, y)^T around each pixel of (..., H, W) -> (5, ..., H, W): bx, by, Axx, Ayy, Axy."""
     u, w, powers = np.arange(-5, 6), gaussian(1.2, 5), ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1))
     basis = np.stack([np.outer(u ** j, u ** i).ravel() for i, j in powers])  # (6, 121)
     solve = np.linalg.inv(basis * np.outer(w, w).ravel() @ basis.T)[1:] * [[1], [1], [1], [1], [0.5]]
@@ -336,13 +324,13 @@ def refine_flow(first, second, flow):
     return torch.stack([gyy * hx - gxy * hy, gxx * hy - gxy * hx], 1) / (gxx * gyy - gxy * gxy + 1e-3)[:, None]
 
 def optical_flow(gray):
-    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), pixels to the right and down: up
-    to three halvings, none below 32 pixels, and three rounds at each size, the smallest first."""
+    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), pixels right and down. Three halvings
+    at most, none below 32 pixels; three rounds at each size, the smallest first."""
     (B, T, H, W), flow = gray.shape, None
     for k in reversed([k for k in range(4) if k == 0 or min(H, W) >= 32 * 2 ** k]):
         taps = tuple(gaussian((2 ** k - 1) / 2 or 0.8, max(round(2.5 * (2 ** k - 1)) | 1, 3) // 2))
         fit = quadratic_fit(separable(gray, *(filter_matrix(taps, n, "reflect", 0.5 ** k) for n in (W, H))))
-        first, second = fit[:, :, :-1].flatten(1, 2), fit[:, :, 1:].flatten(1, 2)  # (5, P, h, w), P = B (F - 1) pairs
+        first, second = fit[:, :, :-1].flatten(1, 2), fit[:, :, 1:].flatten(1, 2)  # (5, P, h, w), P = B (F - 1)
         size = first.shape[-2:]
         flow = torch.zeros(B * (T - 1), 2, *size) if flow is None else 2 * F.interpolate(flow, size=size, mode="bilinear")
         for _ in range(3):
@@ -350,41 +338,38 @@ def optical_flow(gray):
     return flow.view(B, T - 1, 2, H, W)
 
 def peak_times(trajectory, fps, threshold=0.1):
-    """Times (s) of the strict local maxima of a trajectory (F,) that reach `threshold`; never its ends."""
+    """The times (s) of the strict local maxima of a trajectory (F,) that reach `threshold`; never its ends."""
     x = [float(v) for v in trajectory]
     return [i / fps for i in range(1, len(x) - 1) if x[i - 1] < x[i] > x[i + 1] and x[i] >= threshold]
 
 def av_align_iou(audio_peaks, video_peaks, fps):
     """AV-Align, intersection over union: each audio peak takes the first free video peak less than a frame away. 0 if
-    one list is empty; NaN, which means leave out, if both are."""
+    one list is empty; NaN, to be left out of means, if both are."""
     free = list(video_peaks)
     for a in audio_peaks:
-        match = next((v for v in free if v - 1 / fps < a < v + 1 / fps), None)
-        free = free if match is None else [v for i, v in enumerate(free) if i != free.index(match)]
-    hits = len(video_peaks) - len(free)
+        match = [v for v in free if v - 1 / fps < a < v + 1 / fps]
+        if match:
+            free.remove(match[0])
     union = len(audio_peaks) + len(free)
-    return hits / union if union else NAN
+    return (len(video_peaks) - len(free)) / union if union else math.nan
 
 def av_align_mean(audio_peaks, video_peaks, fps, window=3):
-    """AV-Align, two-way mean: of the share of audio peaks with a video peak within `window` frames, and the reverse; a
-    share of no peaks is 0."""
+    """AV-Align, mean of the shares of audio and of video peaks with one of the other within `window` frames; 0 if none."""
     near = np.abs(np.subtract.outer(audio_peaks, video_peaks)) <= window / fps + 1e-9
     return float(near.any(0).mean() + near.any(1).mean()) / 2 if near.size else 0.0
 
 def flash_times(gray, fps):
-    """Gray frames (B, F, H, W), 0 ... 255 -> for each clip the middles (s) of the frames where most of the picture
-    lights up: impacts in toy clips."""
-    level = gray.flatten(2).median(2)[0]  # (B, F): of the background, more than half of the pixels
-    level = F.pad(level - level.median(1, keepdim=True)[0], (1, 1))
-    peak = (level[:, 1:-1] > 30) & (level[:, 1:-1] > level[:, :-2]) & (level[:, 1:-1] >= level[:, 2:])
-    return [[(int(i) + 0.5) / fps for i in p.nonzero()] for p in peak]
+    """Gray frames (F, H, W), 0 ... 255 -> the middles (s) of those where most of the picture flashes: toy impacts."""
+    level = gray.flatten(1).median(1)[0]  # (F,): of the background, more than half of the pixels
+    level = [0, *(level - level.median()).tolist(), 0]
+    return [(i - 0.5) / fps for i in range(1, len(level) - 1) if level[i] > max(30, level[i - 1]) and level[i] >= level[i + 1]]
 
 def sync_error(events, onsets, start=0.1):
-    """Mean distance (ms) of each event to the nearest onset and of each onset to the nearest event; of times (s) after
-    `start`, as the beginning of a sound is always an onset. NaN, which means leave out, where either has none."""
+    """Mean distance (ms) of each event to the nearest onset, and the reverse, of times (s) from `start` on, as the
+    beginning of a sound is always an onset. NaN, to be left out of means, where either has none."""
     e, o = ([t for t in times if t >= start] for times in (events, onsets))
     apart = np.abs(np.subtract.outer(e, o))
-    return 1000 * float(np.mean([*apart.min(0), *apart.min(1)])) if apart.size else NAN
+    return 1000 * float(np.mean([*apart.min(0), *apart.min(1)])) if apart.size else math.nan
 
 
 # ---- Extractors, and classes without a network -------------------------------------------------------------
@@ -412,33 +397,33 @@ def audioclip44k(model, audio, rate):  # 1.6 s, (B, 70560) -> embeddings of leng
     x = resample(audio, rate, 44100)[:, :70560]
     return F.normalize(model(F.pad(x, (0, 70560 - x.shape[1]))), dim=-1)
 
-PREPARE = {"video": {"i3d": i3d, "stylegan-v": stylegan_v}, "audio": {"vggish16k": vggish16k, "audioclip44k": audioclip44k}}
+PRESETS = {"i3d": i3d, "stylegan-v": stylegan_v}, {"vggish16k": vggish16k, "audioclip44k": audioclip44k}
 
-def extractor(form, kind):
+def extractor(form, kind, device="cpu"):
     """None or "builtin", "FILE.ts", "module:function" (both also behind "preset:"), or a callable, for `kind` video or
     audio -> (callable, name). Raises UserError when there is no such thing."""
-    if form in (None, "builtin"):  # one clip at a time is as fast on a CPU, and no batch size changes a bit
-        features = video_features if kind == "video" else audio_features
-        return lambda x, *rate: torch.cat([features(clip[None], *rate) for clip in x]), "builtin"
+    if form in (None, "builtin"):
+        return (video_features if kind == "video" else audio_features), "builtin"
     if callable(form):
         return form, getattr(form, "__name__", "callable")
-    preset, _, rest = form.partition(":") if form.partition(":")[0] in PREPARE[kind] else ("", "", form)
+    presets = PRESETS[kind == "audio"]
+    preset, _, rest = form.partition(":") if form.partition(":")[0] in presets else ("", "", form)
     module, _, name = rest.partition(":")
     try:
         if os.path.isfile(rest):
-            path, model = rest, torch.jit.load(rest, map_location="cpu").eval()
+            path, model = rest, torch.jit.load(rest, map_location=device).eval()
         else:
             sys.path.append(os.getcwd())
             path, model = importlib.import_module(module).__file__, getattr(sys.modules[module], name)
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"Cannot use '{form}' for {kind} features, as a TorchScript file or as module:function: "
-                        f"{str(error).splitlines()[0]}.") from None
+        raise UserError(f"No TorchScript file and no module:function for {kind} features is '{form}': {error}.") from None
+    model = functools.partial(presets[preset], model) if preset else model
     tag = f"{preset or name or Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
-    return functools.partial(PREPARE[kind][preset], model) if preset else model, tag
+    return lambda x, *rate: model(x.to(device), *rate).float().cpu(), tag
 
 def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
-    """Gaussian classifier with one covariance, in closed form, from features x (n, D) and n labels -> (function from
-    features to logits (n, K), the K class names): prompt accuracy, IS and KL without a pretrained network."""
+    """Gaussian classifier with one covariance, in closed form: features x (n, D), n labels -> (function from features to
+    logits (n, K), K class names). For prompt accuracy and IS without a pretrained network."""
     x, names = rows(x), sorted(set(labels))
     y, mean, std = torch.tensor([names.index(label) for label in labels]), x.mean(0), x.std(0) + 1e-4
     axes = torch.linalg.svd((x - mean) / std, full_matrices=False)[2][:dims].T  # PCA
@@ -453,42 +438,109 @@ def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
 
 # ---- The command -------------------------------------------------------------------------------------------
 
-def npz_clips(path):
-    """An .npz file, one clip or many -> (a dict of arrays per clip, fps, rate). Raises UserError if it is not one."""
-    try:
-        with np.load(path) as f:
-            z = dict(f)
-        fps, rate = int(z.pop("fps")), int(z.pop("rate"))
-        z = {k: x.reshape(-1, *x.shape[x.ndim - {"video": 4, "audio": 1}.get(k, 0):]) for k, x in z.items()}
-        return [dict(zip(z, clip, strict=True)) for clip in zip(*z.values(), strict=True)], fps, rate
-    except Exception as error:  # whatever np.load makes of it
-        raise UserError(f"Cannot use {path}: it must hold video uint8 (n, F, H, W, 3), audio float32 (n, L), fps and rate "
-                        f"({str(error).splitlines()[0]}).") from None
+@torch.no_grad()
+def look(clip, extract, fps, rate):
+    """What the metrics need of a clip, a dict of video uint8 (F, H, W, 3), audio (L,), and more -> dict."""
+    out = {k: clip[k] for k in ("label", "color", "events") if k in clip}
+    if "video" in clip and "video" in extract:
+        video = torch.from_numpy(clip["video"]).float()[None]  # (1, F, H, W, 3)
+        gray = video @ torch.tensor([0.299, 0.587, 0.114])
+        change = gray.diff(dim=1).abs().mean((0, 2, 3)) / 255  # (F - 1,)
+        speed = optical_flow(gray.round()).norm(dim=2).mean((0, 2, 3))
+        out |= {"video": extract["video"](video / 255)[0], "motion": torch.cat([change[:1], change]),
+                "peaks": peak_times([speed[0], *speed], fps), "flashes": flash_times(gray[0], fps)}
+    if "audio" in clip and "audio" in extract:
+        audio = torch.from_numpy(clip["audio"]).float()[None]  # (1, L)
+        rise = F.pad(log_mel(audio, rate).diff(dim=2).clamp(min=0).mean(1), (1, 0))
+        out |= {"audio": extract["audio"](audio, rate)[0], "onsets": onset_times(audio[0], rate),
+                "rise": F.adaptive_max_pool1d(rise, audio.shape[1] * fps // rate)[0]}
+    return out
 
-def open_clips(what, split, args):
-    """The clips that --real or --fake names -> (sequence of dicts, at most args.n long; what it is, for the header).
-    A folder of .npz files sets args.fps and args.rate."""
+def observe(clips, extract, fps, rate):
+    """look() at each of a sequence of clips, one at a time -> {name: tensor (n, ...) or list, in order}. Processes of
+    torch.distributed share the work, and all get all."""
+    from tqdm import tqdm
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [look(clips[i], extract, fps, rate) for i in tqdm(range(rank, len(clips), world), disable=rank > 0, unit="clip")]
+    shares = [mine]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, mine)
+    found = [shares[i % world][i // world] for i in range(len(clips))]
+    return {k: torch.stack(x) if torch.is_tensor(x[0]) else x for k in found[0] for x in [[f[k] for f in found]]}
+
+def alignment(seen, fps, roll=0):
+    """Observed clips, their sound rolled by `roll` clips -> joint features (n, 9), {name of a score: mean over clips}."""
+    onsets, n = [seen["onsets"][i - roll] for i in range(len(seen["onsets"]))], len(seen["onsets"])
+    scores = {"av_align_iou": [av_align_iou(o, v, fps) for o, v in zip(onsets, seen["peaks"], strict=True)]}
+    for w in (1, 3):
+        scores[f"av_align_mean{w}"] = [av_align_mean(o, v, fps, w) for o, v in zip(onsets, seen["peaks"], strict=True)]
+    for name, key in (("sync_ms", "flashes"), ("sync_truth_ms", "events")):
+        scores[name] = [sync_error(seen[key][i], onsets[i]) for i in range(n) if key in seen]
+    means = {k: float(np.nanmean(x)) for k, x in scores.items() if np.isfinite(x).any()}
+    return joint_features(seen["motion"], seen["rise"].roll(roll, 0)), means
+
+def compare(real, fake, tags, fps, logits=False):
+    """Two observed sets -> {name: (value, floor, real, real mismatched)}. tags: names of the "video" and "audio" extractors;
+    logits: features are logits of classes, and clip i of both sets belongs together."""
+    table, nan = {}, math.nan
+    for kind, fd in (("video", "fvd"), ("audio", "fad")):
+        if not (kind in real and kind in fake):
+            continue
+        (x, y), tag, half = (real[kind], fake[kind]), tags[kind], len(real[kind]) // 2
+        table[f"{fd}_{tag}"] = frechet(x, y), frechet(x[:half], x[half:])
+        if kind == "video":
+            table[f"kvd_{tag}"] = mmd(x, y), mmd(x[:half], x[half:])
+        elif tag.startswith("audioclip44k"):
+            table["fad_mmdiff"] = [1e4 * v for v in table[f"fad_{tag}"]]
+        if logits:
+            table[f"is_{kind}_{tag}"] = inception_score(y, 10)[0], nan, inception_score(x, 10)[0]
+            table[f"kl_{kind}_{tag}"] = paired_kl(x, y), paired_kl(x, y.roll(1, 0))
+        for key in [k for k in ("label", "color") if len(set(real.get(k, [nan]))) > 1 and not logits]:
+            (classify, names), (trial, some) = lda(x, real[key]), lda(x[:half], real[key][:half])
+            table[f"is_{key}_{kind}_{tag}"] = inception_score(classify(y))[0], nan, inception_score(classify(x))[0]
+            if key in fake:
+                right = [np.mean([c[i] == label for i, label in zip(f(z).argmax(1), ls, strict=True)]) for f, c, z, ls in (
+                    (classify, names, y, fake[key]), (trial, some, x[half:], real[key][half:]))]
+                table[f"accuracy_{key}_{kind}_{tag}"] = right[0], 1 / len(names), right[1]
+    if all(k in s for k in ("motion", "rise") for s in (real, fake)):
+        (j, a), (jm, am), (k, b), (km, bm) = (alignment(s, fps, roll) for s in (fake, real) for roll in (0, 1))
+        table["fd_joint_builtin"] = frechet(k, j), frechet(k[:len(k) // 2], k[len(k) // 2:]), nan, frechet(k, km)
+        table |= {n: [z.get(n, nan) for z in (a, am, b, bm)] for n in b}
+    return table
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"metrics.py: {message} (--help lists the options)")
+    for name, default, text in (
+            ("real", None, "data set or folder"), ("fake", None, "data set or folder"), ("n", 2048, "clips of each, at most"),
+            ("video_features", "builtin", "extractor"), ("audio_features", "builtin", "extractor"), ("device", "cpu", "of files"),
+            ("protocol", "plain", "plain or stylegan-v"), ("json", "", "file to write"), ("frames", 16, "in a clip"),
+            ("size", 32, "pixels"), ("fps", 10, "frames per second"), ("rate", 8000, "Hz")):
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, required=default is None, help=text)
+    parser.add_argument("--logits", action="store_true", help="features are logits, clips are paired: print IS and KL")
+    args = parser.parse_args(argv)
     import data
-    shape, rng, order = (args.frames, args.size, args.fps, args.rate), np.random.default_rng(0), None
-    if not Path(what).is_dir():
-        clips, about = data.open_dataset(what, split, *shape), f"{what}, {split} split"
-        if hasattr(clips, "windows"):
-            clips.val = True  # disjoint windows, in order
-            order = rng.permutation(len(clips))
-        if order is not None and args.protocol == "stylegan-v":
-            videos = {}
-            for i in order:
-                videos.setdefault(clips.clips[clips.windows[i][0]]["source"], []).append(i)
-            videos = list(videos.values())
-            order = [rng.choice(videos[i % len(videos)]) for i in range(min(args.n, len(clips)))]
-    elif files := sorted(Path(what).glob("**/*.npz")):
-        parts = [npz_clips(path) for path in files]
-        clips, about = [clip for part in parts for clip in part[0]], f"{len(files)} .npz in {what}, uncompressed"
-        args.fps, args.rate = parts[0][1:]
-    else:
-        files = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in data.ENDINGS)
-        clips, about = Videos(files, shape), f"{len(files)} videos in {what}, compressed, which changes FVD and FAD"
-    if not len(clips):
-        raise UserError(f"There are no .npz files and no videos in {what}.")
-    order = range(len(clips)) if order is None else order
-    return torch.utils.data.Subset(clips, order[:args.n]), about
+    import sample
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda *_: None
+    try:
+        extract, tags = zip(*(extractor(getattr(args, f"{k}_features"), k, args.device) for k in ("video", "audio")))
+        seen = []
+        for side, split in (("fake", "val"), ("real", "train")):
+            clips = sample.Clips(getattr(args, side), split, args)
+            say(f"{side}: {clips.about}")
+            seen.append(observe(clips, dict(video=extract[0], audio=extract[1]), args.fps, args.rate))
+        table = compare(*seen[::-1], dict(video=tags[0], audio=tags[1]), args.fps, args.logits)
+    except (UserError, data.UserError) as error:
+        sys.exit(f"metrics.py: {error}")
+    say(f"{'':32}{'value':>12}{'floor':>12}{'real':>12}{'mismatched':>12}")
+    for name, values in table.items():
+        say(f"{name:32}" + "".join(f"{v:12.4g}" if math.isfinite(v) else " " * 12 for v in values))
+    if args.json and say is print:
+        values = {k: [v if math.isfinite(v) else None for v in x] for k, x in table.items()}
+        Path(args.json).write_text(json.dumps({"options": vars(args), "metrics": values}, indent=1))
+
+if __name__ == "__main__":
+    main()
