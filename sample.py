@@ -129,6 +129,8 @@ class Clips:
             self.open_videos(what, files, args)
         self.numbers = self.numbers[:args.n]
         self.about = f"{len(self)} clips of {self.about}"
+        if not len(self):
+            raise data.UserError(f"There are no clips in {what}, or --n is 0.")
 
     def open_dataset(self, what, split, args):
         clips = data.open_dataset(what, split, args.frames, args.size, args.fps, args.rate)
@@ -139,8 +141,11 @@ class Clips:
 
         def get(i):
             clip = clips[i]
-            words = [w for w in clip["caption"].split() if w in data.COLORS and what.startswith("toy")]
-            return {**clip, "label": clips.labels[clip["label"]], **({"color": words[0]} if words else {})}
+            clip |= {"label": clips.labels[clip["label"]]}
+            if "events" in clip:  # of toy clips, whose captions name one color; impacts alone are moments one can hear
+                clip["color"] = next(w for w in clip["caption"].split() if w in data.COLORS)
+                clip["events"] = clip["events"] if clip["label"] in ("bounce", "collide") else []
+            return clip
         self.get = get
 
     def open_videos(self, what, files, args):
