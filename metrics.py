@@ -48,7 +48,7 @@ def rows(x, least=2):
     x = torch.as_tensor(x).detach().double()
     x = x.flatten(0, -2) if x.dim() > 1 else x[:, None]
     if len(x) < least:
-        raise UserError(f"This metric needs at least {least} clips or rows, and got {len(x)}.")
+        raise UserError(f"This metric (or its floor, of half the clips) needs {least} rows or more, not {len(x)}.")
     if not x.isfinite().all():
         raise UserError("NaN or infinite values in the features or clips: look for broken files or a diverged model.")
     return x
@@ -62,7 +62,7 @@ def frechet_of_moments(a, b):
     """|mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0, from the moments() of x and y."""
     n, m, mx, my = a[-1, -1], b[-1, -1], a[-1, :-1] / a[-1, -1], b[-1, :-1] / b[-1, -1]
     if min(n, m) < 2:
-        raise UserError(f"This metric needs at least 2 clips or rows, and got {int(min(n, m))}.")
+        raise UserError(f"This metric needs 2 rows or more, not {int(min(n, m))}.")
     sx, sy = ((t[:-1, :-1] - torch.outer(t[-1, :-1], t[-1, :-1]) / k) / (k - 1) for t, k in ((a, n), (b, m)))
     w, u = torch.linalg.eigh(sx)
     root = (u * w.clamp(min=0).sqrt()) @ u.T  # root Sy root is symmetric, with the eigenvalues of Sx Sy
@@ -96,7 +96,7 @@ def mmd_blocks(x, y, block=50):
     return float(np.mean(values)), float(np.std(values)), values
 
 def inception_score(logits, splits=1, eps=0.0):
-    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in `splits` parts -> (mean, deviation, list); eps: MM-Diffusion, 1e-7."""
+    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in `splits` parts -> (mean, deviation, list)."""
     parts, eps = rows(logits, splits).log_softmax(1).tensor_split(splits), torch.tensor(eps).double().log()
     gaps = [torch.logaddexp(p, eps) - torch.logaddexp(p.logsumexp(0) - math.log(len(p)), eps) for p in parts]
     values = [float((p.exp() * gap).sum(1).mean().exp()) for p, gap in zip(parts, gaps, strict=True)]
@@ -388,8 +388,8 @@ def extractor(form, kind, device="cpu"):
     return lambda x, *rate: model(x.to(device), *rate).float().cpu(), tag
 
 def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
-    """Gaussian classifier, one covariance: features x (n, D), n labels -> (features -> logits (n, K), the K names)."""
-    x, names = rows(x), sorted(set(labels))
+    """Gaussian classifier, one covariance: features x (n, ...), n labels -> (features -> logits (n, K), K names)."""
+    x, names = rows(x.flatten(1)), sorted(set(labels))
     y, mean, std = torch.tensor([names.index(label) for label in labels]), x.mean(0), x.std(0) + 1e-4
     axes = torch.linalg.svd((x - mean) / std, full_matrices=False)[2][:dims].T  # PCA
     x = (x - mean) / std @ axes
@@ -397,7 +397,8 @@ def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
     cov = torch.cov((x - means[y]).T, correction=0)
     cov = (1 - shrinkage) * cov + shrinkage * cov.trace() / len(cov) * torch.eye(len(cov))
     weight = torch.linalg.solve(cov, means.T)  # (dims, K)
-    return lambda z: ((rows(z, 1) - mean) / std @ axes @ weight - (means.T * weight).sum(0) / 2) / temperature, names
+    bias = (means.T * weight).sum(0) / 2
+    return lambda z: ((rows(z.flatten(1), 1) - mean) / std @ axes @ weight - bias) / temperature, names
 
 # ---- The command -------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -442,21 +443,20 @@ def alignment(seen, fps, roll=0):
     return joint_features(seen["motion"], seen["rise"].roll(roll, 0)), means
 
 def compare(real, fake, tags, fps, logits=False):
-    """Two observed sets -> {metric: [value, floor, value of real clips, floor]}; logits: features are logits, clips paired."""
+    """Two observed sets -> {metric: [value, floor, that of real clips, floor]}; logits: features are; clips paired."""
     table, half = {}, {k: [x[:len(x) // 2], x[len(x) // 2:]] for k, x in real.items()}
     for kind in [k for k in ("video", "audio") if k in real and k in fake]:
-        x, y, tag, names = real[kind], fake[kind], tags[kind], ("fvd", "kvd") if kind == "video" else ("fad", "kad")
-        for name, distance in zip(names, (frechet, mmd), strict=True):
-            table[f"{name}_{tag}"] = [distance(x, y), distance(*half[kind])]
-        if tag.startswith("audioclip44k"):
-            table["fad_mmdiff"] = [1e4 * v for v in table[f"fad_{tag}"]]
+        x, y, tag, letter = real[kind], fake[kind], tags[kind], kind[0]
+        for name, distance in ((f"f{letter}d_{tag}", frechet), (f"k{letter}d_{tag}", mmd)):  # fvd, kvd, fad, kad
+            table[name] = [distance(x, y), distance(*half[kind])]
+        table |= {"fad_mmdiff": [1e4 * v for v in table[f"fad_{tag}"]]} if tag.startswith("audioclip44k") else {}
         if logits:
             table[f"is_{tag}"] = [inception_score(y, 10)[0], math.nan, inception_score(x, 10)[0]]
             table[f"kl_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
         for key in ("label", "color")[:0 if logits else 2 if kind == "video" else 1]:
             if len(set(real.get(key, ()))) > 1 and key in fake:
                 classify, trial = lda(x, real[key]), lda(half[kind][0], half[key][0])
-                right = [np.mean([names[i] == name for i, name in zip(f(z).argmax(1), labels, strict=True)])
+                right = [np.mean([names[i] == s for i, s in zip(f(z).argmax(1), labels, strict=True)])
                          for (f, names), z, labels in ((classify, y, fake[key]), (trial, half[kind][1], half[key][1]))]
                 table[f"accuracy_{key}_{kind}_{tag}"] = [right[0], 1 / len(classify[1]), right[1]]
                 table[f"is_{key}_{kind}_{tag}"] = [inception_score(classify[0](y))[0]]

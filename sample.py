@@ -116,6 +116,8 @@ class Clips:
     size, fps and rate; anything else is read in that shape. Raises data.UserError when there is nothing to read."""
 
     def __init__(self, what, split, args):
+        if not what or args.protocol not in ("plain", "stylegan-v"):
+            raise data.UserError("Give --real and --fake, data sets or folders; --protocol is plain or stylegan-v.")
         if not Path(what).is_dir():
             self.open_dataset(what, split, args)
         elif files := sorted(Path(what).rglob("*.npz")):
@@ -154,7 +156,7 @@ class Clips:
             try:
                 n = int(next(imageio_ffmpeg.read_frames(str(path)))["duration"] / seconds + 0.1)
             except Exception as error:  # whatever ffmpeg makes of it
-                raise data.UserError(f"Cannot read {path}: {str(error).splitlines()[0]}.") from None
+                raise data.UserError(f"Cannot read {path}, or it is no video ({type(error).__name__}).") from None
             windows += [(path, k * seconds) for k in range(max(1, n))]
         self.about = f"{len(files)} videos in {what}, compressed, which changes FVD and FAD"
         self.choose([path for path, _ in windows], args)
@@ -194,13 +196,16 @@ def read_npz(path, args):
         if "video" in z:
             kind |= dict(zip(("frames", "size"), z["video"].shape[-4:-2], strict=True))
         z = {k: x.reshape(-1, *x.shape[x.ndim - {"video": 4, "audio": 1}.get(k, 0):]) for k, x in z.items()}
-        z |= {"color": [next(w for w in c.split() if w in data.COLORS) for c in z["caption"]]} if "caption" in z else {}
+        colors = [[w for w in caption.split() if w in data.COLORS] for caption in z.get("caption", ())]
+        if colors and all(colors):
+            z["color"] = [words[0] for words in colors]
         clips = [dict(zip(z, clip, strict=True)) for clip in zip(*z.values(), strict=True)]
     except Exception as error:  # whatever numpy makes of it
         raise data.UserError(f"Cannot use {path}: it must hold video uint8 (n, F, H, W, 3), audio float32 (n, L), fps "
-                             f"and rate ({str(error).splitlines()[0]}).") from None
+                             f"and rate ({type(error).__name__}).") from None
     if any(getattr(args, "fixed", kind).get(k, x) != x for k, x in kind.items()):
-        raise data.UserError(f"The clips of {path} have {kind}, and others {args.fixed}: they cannot be compared.")
+        here, there = (", ".join(f"{k} {x}" for k, x in d.items()) for d in (kind, args.fixed))
+        raise data.UserError(f"The clips of {path} have {here}, but others {there}: they cannot be compared.")
     args.__dict__.update(kind, fixed=kind)
     return clips
 
