@@ -2,7 +2,7 @@
 
     python metrics.py --real toy --fake out/mm_diffusion/samples_001 --n 2048 --json out.json
     python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts --audio_features vggish16k:vggish.ts
-    torchrun --nproc_per_node=2 metrics.py ...      # the same numbers; tests/ladder.py: do they grow with corruption?
+    torchrun --nproc_per_node=2 -- metrics.py ...   # the same numbers; tests/ladder.py: do they grow with corruption?
 
 --real and --fake are data sets (real: train split, fake: val split) or folders: of .npz files (sample.py --npz), else
 of videos, whose compression moves FVD and FAD. The floor of a distance is that between the halves of the real clips (of
@@ -450,11 +450,11 @@ def compare(real, fake, tags, fps, logits=False):
         for name, distance in ((f"f{letter}d_{tag}", frechet), (f"k{letter}d_{tag}", mmd)):  # fvd, kvd, fad, kad
             table[name] = [distance(x, y), distance(*half[kind])]
         table |= {"fad_mmdiff": [1e4 * v for v in table[f"fad_{tag}"]]} if tag.startswith("audioclip44k") else {}
-        if logits:
-            table[f"is_{tag}"] = [inception_score(y, 10)[0], math.nan, inception_score(x, 10)[0]]
-            table[f"kl_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
-        for key in ("label", "color")[:0 if logits else 2 if kind == "video" else 1]:
-            if len(set(real.get(key, ()))) > 1 and key in fake:
+        if logits and tag != "builtin":
+            table[f"is_{kind}_{tag}"] = [inception_score(y, 10)[0], math.nan, inception_score(x, 10)[0]]
+            table[f"kl_{kind}_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
+        for key in {"video": ("label", "color"), "audio": ("label",)}[kind]:
+            if tag == "builtin" and len(set(real.get(key, ()))) > 1 and key in fake:
                 classify, trial = lda(x, real[key]), lda(half[kind][0], half[key][0])
                 right = [np.mean([names[i] == s for i, s in zip(f(z).argmax(1), labels, strict=True)])
                          for (f, names), z, labels in ((classify, y, fake[key]), (trial, half[kind][1], half[key][1]))]

@@ -79,7 +79,8 @@ def test_distances_of_sets_that_are_small_equal_or_broken():
 def test_scores_of_classes():
     sure = 1000 * torch.eye(4)  # a softmax would underflow
     assert metrics.inception_score(sure)[0] == pytest.approx(4)
-    assert metrics.inception_score(torch.zeros(6, 4), 3) == pytest.approx((1, 0, [1, 1, 1]))
+    mean, std, values = metrics.inception_score(torch.zeros(6, 4), 3)
+    assert [mean, std, *values] == pytest.approx([1, 0, 1, 1, 1])
     assert metrics.paired_kl(sure, sure) == 0 and metrics.paired_kl(sure, sure.roll(1, 0)) == pytest.approx(1000)
     with pytest.raises(metrics.UserError, match="Paired"):
         metrics.paired_kl(sure, sure[:3])
@@ -258,10 +259,10 @@ def test_command_on_a_folder(tmp_path, capsys):
     assert "4 videos" in out and "compressed, which changes FVD and FAD" in out
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path):
+def test_two_processes_give_the_numbers_of_one(tmp_path):  # without the --, torchrun takes --n for its own
     args = ["--real", "toy:bounce", "--fake", "toy:bounce", "--n", "7", "--json"]
     launchers = {"1": (sys.executable,), "2": (sys.executable, *"-m torch.distributed.run --standalone".split(),
-                                               "--nproc_per_node=2")}
+                                               "--nproc_per_node=2", "--")}
     for n, launcher in launchers.items():
         run = subprocess.run([*launcher, str(ROOT / "metrics.py"), *args, n], cwd=tmp_path, capture_output=True,
                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -271,13 +272,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 
 def test_logits_and_one_stream(tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.py").write_text("def f(video):\n    return video.mean((1, 2, 3)) * 9\n")
+    (tmp_path / "classes.py").write_text("def f(video):\n    return video.mean((1, 2, 3)) * 9\n")
     monkeypatch.syspath_prepend(tmp_path)
     some = clips(n=12)
     for name in "ab":
         (tmp_path / name).mkdir()
         sample.write_npz(tmp_path / name / "x.npz", np.stack([c["video"] for c in some]), None, options())
-    out = command("--real", str(tmp_path / "a"), "--fake", str(tmp_path / "b"), "--video_features", "mine:f",
+    out = command("--real", str(tmp_path / "a"), "--fake", str(tmp_path / "b"), "--video_features", "classes:f",
                   "--logits", "--json", str(tmp_path / "o.json"), capsys=capsys)
     table = json.loads((tmp_path / "o.json").read_text())["metrics"]
     tag = next(k for k in table if k.startswith("kl_"))[3:]
