@@ -1,12 +1,13 @@
 """Corrupt clips step by step and print every metric: does each grow with the corruption that it is to measure?
 
-    python tests/ladder.py --real toy --n 256                     # about 3 minutes on one core
+    python tests/ladder.py --real toy --n 256                     # two minutes on one core
     python tests/ladder.py --real toy:bounce,collide --n 256
 
 n train clips are the reference, n val clips are corrupted. The last lines
 say of each metric whether it grows (AV-Align: falls) at every step of the corruptions that are to move it.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def mismatched(seen, share):
     return seen | {"rise": seen["rise"][order], "onsets": [seen["onsets"][i] for i in order]}
 
 
-def ladder(args, steps=LADDER, show=print):
+def ladder(args, steps=LADDER, show=functools.partial(print, flush=True)):
     """Run it -> {(corruption, metric): [value of the untouched clips, and of each level]} for the metrics it is to
     move, each printed in a row of all."""
     real = metrics.observe(sample.Clips(args.real, "train", args), EXTRACT, args.fps, args.rate)
