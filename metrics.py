@@ -475,7 +475,7 @@ def main(argv=None):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
     parser.add_argument("--logits", action="store_true", help="the features are logits, the clips paired: IS and KL")
     args = parser.parse_args(argv)
-    import sample
+    import sample  # it reads the clips, with data.py: the command, unlike the functions, needs both
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None

@@ -67,6 +67,9 @@ LADDER = (("video noise, sigma", "video", noise, (0.02, 0.05, 0.1, 0.2, 0.4), ("
            ("fd_joint_builtin", "av_align_iou", "sync_ms")))
 
 
+SAY = functools.partial(print, flush=True)
+
+
 class Corrupted:
     """Clips whose stream `kind` went through `corrupt`, at a level, with noise that depends on the clip alone."""
 
@@ -98,7 +101,7 @@ def mismatched(seen, share):
     return seen | {"rise": seen["rise"][order], "onsets": [seen["onsets"][i] for i in order]}
 
 
-def ladder(args, steps=LADDER, show=functools.partial(print, flush=True)):
+def ladder(args, steps=LADDER, show=SAY):
     """Run it -> {(corruption, metric): [value of the untouched clips, and of each level]} for the metrics it is to
     move, each printed in a row of all."""
     real = metrics.observe(sample.Clips(args.real, "train", args), EXTRACT, args.fps, args.rate)
