@@ -2,6 +2,7 @@
 
     python sample.py --model mm_diffusion                       # the newest run of that model, 4 clips
     python sample.py --model mm_diffusion --ckpt F --n 16 --seed 1 --sampler ddim --steps 50
+    python sample.py --model mm_diffusion --n 2048 --npz        # also clips.npz, for metrics.py: no compression
 
 It knows nothing of any model: --model X imports X.py, which has load(path, device, options) and sample(model, n, ...).
 Options that are not listed below (--sampler, say) go to the model's own config: python X.py --help lists those.
@@ -10,10 +11,13 @@ import argparse
 import html
 import importlib
 import inspect
+import os
 import sys
 import time
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import soundfile
 import torch
 
@@ -45,6 +49,7 @@ def options(argv=None):
     parser.add_argument("--guidance", type=float, help="strength of the condition")
     parser.add_argument("--video", metavar="FILE", help="generate sound for this video")
     parser.add_argument("--audio", metavar="FILE", help="generate a video for this sound")
+    parser.add_argument("--npz", action="store_true", help="also write clips.npz: all clips as they were generated")
     parser.add_argument("--start", type=float, default=0.0, help="second of --video or --audio to begin at [0]")
     return parser.parse_known_args(argv)
 
@@ -94,6 +99,117 @@ def write(out, video, audio, cfg, title, about):
                                                 clips="\n".join(figures)), encoding="utf-8")
 
 
+def write_npz(path, video, audio, cfg, **said):
+    """Write all clips to one file: video uint8 (n, F, H, W, 3), audio float32 (n, L), fps, rate, and for each clip what
+    was said of it, label or caption."""
+    arrays = {k: np.asarray(x) for k, x in (("video", video), ("audio", audio)) if x is not None}
+    n = max(len(x) for x in arrays.values())
+    arrays |= {k: np.array([x] * n) for k, x in said.items() if x is not None}
+    with open(f"{path}.new", "wb") as f:
+        np.savez(f, fps=cfg.fps, rate=cfg.rate, **arrays)
+    os.replace(f"{path}.new", path)
+
+
+class Clips:
+    """At most args.n clips of `what`, a data set or a folder, as a sequence of dicts: video, audio, and what is known
+    of label, color and events. `about` says what they are. A folder of .npz files, held in memory, sets args.frames,
+    size, fps and rate; anything else is read in that shape. Raises data.UserError when there is nothing to read."""
+
+    def __init__(self, what, split, args):
+        if not what or args.protocol not in ("plain", "stylegan-v"):
+            raise data.UserError("Give --real and --fake, data sets or folders; --protocol is plain or stylegan-v.")
+        if not Path(what).is_dir():
+            self.open_dataset(what, split, args)
+        elif files := sorted(Path(what).rglob("*.npz")):
+            clips = [clip for path in files for clip in read_npz(path, args)]
+            self.get, self.numbers = clips.__getitem__, range(len(clips))
+            self.about = f"{len(files)} .npz in {what}, not compressed"
+        else:
+            files = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in data.ENDINGS)
+            if not files:
+                raise data.UserError(f"There are no .npz files and no videos in {what}.")
+            self.open_videos(what, files, args)
+        self.numbers = self.numbers[:args.n]
+        self.about = f"{len(self)} clips of {self.about}"
+        if not len(self):
+            raise data.UserError(f"There are no clips in {what}, or --n is 0.")
+
+    def open_dataset(self, what, split, args):
+        clips = data.open_dataset(what, split, args.frames, args.size, args.fps, args.rate)
+        self.numbers, self.about = range(len(clips)), f"{what}, {split} split"
+        if hasattr(clips, "windows"):
+            clips.val = True  # clips[i] is window i, disjoint from the others
+            self.choose([clips.clips[k]["source"] for k, _ in clips.windows], args)
+
+        def get(i):
+            clip = clips[i]
+            clip |= {"label": clips.labels[clip["label"]]}
+            if "events" in clip:  # of toy clips, whose captions name one color; impacts alone are moments one can hear
+                clip["color"] = next(w for w in clip["caption"].split() if w in data.COLORS)
+                clip["events"] = clip["events"] if clip["label"] in ("bounce", "collide") else []
+            return clip
+        self.get = get
+
+    def open_videos(self, what, files, args):
+        seconds, windows = args.frames / args.fps, []
+        for path in files:
+            try:
+                n = int(next(imageio_ffmpeg.read_frames(str(path)))["duration"] / seconds + 0.1)
+            except Exception as error:  # whatever ffmpeg makes of it
+                raise data.UserError(f"Cannot read {path}, or it is no video ({type(error).__name__}).") from None
+            windows += [(path, k * seconds) for k in range(max(1, n))]
+        self.about = f"{len(files)} videos in {what}, compressed, which changes FVD and FAD"
+        self.choose([path for path, _ in windows], args)
+
+        def get(i):
+            clip = data.load_clip(windows[i][0], args.frames, args.size, args.fps, args.rate, windows[i][1])
+            return {k: x for k, x in zip(("video", "audio"), clip, strict=True) if x is not None}
+        self.get = get
+
+    def choose(self, sources, args):
+        """Protocol plain: windows in random order, in their own if all are used. stylegan-v: one video after another,
+        and a random window of each, so that long videos do not count for more."""
+        rng, n = np.random.default_rng(0), len(sources)
+        self.numbers = rng.permutation(n) if n > args.n else range(n)
+        if args.protocol == "stylegan-v":
+            self.about += ", a video, then its clip (stylegan-v)"
+            videos = {}
+            for i in rng.permutation(n):
+                videos.setdefault(sources[i], []).append(int(i))
+            videos = list(videos.values())
+            self.numbers = [int(rng.choice(videos[i % len(videos)])) for i in range(min(n, args.n))]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return self.get(int(self.numbers[i]))
+
+
+def read_npz(path, args):
+    """The clips of a file of write_npz, or of a single clip without n, as a list of dicts. Sets args.frames, size, fps
+    and rate, to which files read later must keep."""
+    try:
+        with np.load(path) as f:
+            z = dict(f)
+        kind = {"fps": int(z.pop("fps")), "rate": int(z.pop("rate"))}
+        if "video" in z:
+            kind |= dict(zip(("frames", "size"), z["video"].shape[-4:-2], strict=True))
+        z = {k: x.reshape(-1, *x.shape[x.ndim - {"video": 4, "audio": 1}.get(k, 0):]) for k, x in z.items()}
+        colors = [[w for w in caption.split() if w in data.COLORS] for caption in z.get("caption", ())]
+        if colors and all(colors):
+            z["color"] = [words[0] for words in colors]
+        clips = [dict(zip(z, clip, strict=True)) for clip in zip(*z.values(), strict=True)]
+    except Exception as error:  # whatever numpy makes of it
+        raise data.UserError(f"Cannot use {path}: it must hold video uint8 (n, F, H, W, 3), audio float32 (n, L), fps "
+                             f"and rate ({type(error).__name__}).") from None
+    if any(getattr(args, "fixed", kind).get(k, x) != x for k, x in kind.items()):
+        here, there = (", ".join(f"{k} {x}" for k, x in d.items()) for d in (kind, args.fixed))
+        raise data.UserError(f"The clips of {path} have {here}, but others {there}: they cannot be compared.")
+    args.__dict__.update(kind, fixed=kind)
+    return clips
+
+
 def main(argv=None):
     args, rest = options(argv)
     try:
@@ -111,6 +227,8 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         said = ", ".join(f"{k} {getattr(args, k)}" for k in given)
         about = f"{path}, seed {args.seed}{', ' + said if said else ''}: {args.n} clips in {seconds:.1f} s"
+        if args.npz:
+            write_npz(out / "clips.npz", video, audio, model.cfg, label=args.label, caption=args.prompt)
         write(out, video, audio, model.cfg, f"{inspect.getdoc(module).splitlines()[0]}", about)
     except data.UserError as error:
         sys.exit(f"sample.py: {error}")
