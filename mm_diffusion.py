@@ -122,8 +122,8 @@ PRESETS = {
     "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, cross_head_dim=16,
                 video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 16), random_shift=False, dropout=0.0,
                 prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
-                noise_levels=(1.2, 1.6), steps=650, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
-                clip=1.0, ema=0.99, val_every=200, val_clips=16, save_every=100, sample_every=325),
+                noise_levels=(1.2, 1.6), steps=560, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
+                clip=1.0, ema=0.99, val_every=200, val_clips=16, save_every=100, sample_every=280),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="edm", data_mean=(-0.6, 0.0), data_std=(0.41, 0.18),
                   skip_std=(0.1, 0.18), noise_levels=(1.2, 1.6), steps=10000, batch_size=16, optimizer="muon", lr=4e-3,
                   lr_end=0.05, warmup=200, clip=1.0, ema=0.999),
@@ -790,7 +790,7 @@ class Muon(torch.optim.AdamW):
             x = torch.stack([p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in ps])    # (N, out, in)
             x = orthogonal(x.mT).mT if shape[0] > shape[1] else orthogonal(x)
             for p, update in zip(ps, x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                 # 0.2 sqrt(max) gives it the size of AdamW's steps, so that one learning rate serves both.
                 p.sub_(0.2 * max(shape) ** 0.5 * group["lr"] * keep * update.view_as(p).nan_to_num())
                 p.grad = None
