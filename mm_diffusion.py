@@ -44,6 +44,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -61,7 +62,8 @@ class Config:
     """Every option; the defaults are the paper's (Table A.1) or, where it is silent, the released code's."""
     preset: str = "paper"            # the row of PRESETS that the other values start from
     data: str = "toy"                # toy, toy:bounce,glide (some of its scenes), or a set made by data.py prepare
-    out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA]
+    out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA], for --stage sr its sr/
+    stage: str = "base"              # what to train: base, the coupled U-Net; sr, the one that upsamples its frames
     # the clip
     frames: int = 16                 # frames in a clip
     size: int = 64                   # height and width, pixels
@@ -82,12 +84,21 @@ class Config:
     streams: str = "av"              # av: both; v or a: one sub-network alone (Ours-v, Ours-a of Tables 1-2)
     dropout: float = 0.1             # in the MM-blocks, while training
     checkpoint: bool = False         # recompute blocks in backward: less memory, more time
+    # super-resolution; its U-Net is of width, mult, res_blocks, norm_groups, heads and video_attention, too
+    sr_size: int = 256               # height and width of its frames, a multiple of size
+    augment: float = 0.5             # probability of each of noise and JPEG in its input, and of mirrored frames
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
     prediction: str = "eps"          # eps: the network gives the noise (eq. 7); v: sqrt(abar) eps - sqrt(1-abar) x0
     noise_shift: float = 1.0         # v: noise levels are drawn as sigma / alpha = noise_shift * tan(u pi / 2)
-    sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
+    # sampling
+    sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm; where a part is given, ddpm or else ddim
     sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
+    method: str = "replace"          # for a given part: replace, gradient (eq. 12) or released (eq. 12 as in the code)
+    guidance: float = 0.1            # lambda of eq. 12, for gradient and released
+    seconds: float = 0.0             # length of a clip, of windows that overlap by half; 0: one window
+    sr_ckpt: str = ""                # upsample the frames with this network, of --stage sr or a released one
+    sr_steps: int = 25               # DDIM steps of upsampling
     # training
     steps: int = 10000               # optimizer steps
     batch_size: int = 128            # clips per optimizer step over ALL processes
@@ -124,6 +135,15 @@ PRESETS = {
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
 }
+# --stage sr changes these values of its preset: all as "paper" has them, then those in the preset's own row.
+SR_PRESETS = {
+    "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, norm_groups=32, heads=4,
+                  video_attention=(8, 16, 32), cross_attention=(), windows=(), dropout=0.1, diffusion_steps=1000,
+                  prediction="eps", steps=270000, batch_size=48, lr=1e-4, lr_end=1.0, ema=0.9999),
+    "toy": dict(sr_size=64, width=16, mult=(1, 2, 4), res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0,
+                steps=800, batch_size=8, lr=3e-3, lr_end=0.05, ema=0.99),
+    "small": dict(width=64, res_blocks=1, dropout=0.0, steps=20000, batch_size=16, lr=3e-4, lr_end=0.1, ema=0.999),
+}
 
 
 def parse(argv=None, base=None):
@@ -138,7 +158,7 @@ def parse(argv=None, base=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
     choices = {"preset": PRESETS, "streams": ("av", "v", "a"), "prediction": ("eps", "v"), "sampler": SAMPLERS,
-               "amp": ("auto", "bf16", "fp16", "off")}
+               "amp": ("auto", "bf16", "fp16", "off"), "stage": STAGES, "method": ("replace", "gradient", "released")}
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
@@ -148,11 +168,14 @@ def parse(argv=None, base=None):
     given = vars(parser.parse_args(argv))
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
-    cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
+    row = {**PRESETS[preset], "preset": preset}
+    if given.get("stage") == "sr":
+        row |= {**SR_PRESETS["paper"], **SR_PRESETS.get(preset, {})}
+    cfg = Config(**{**(dataclasses.asdict(base) if base else row), **given})
     if wrong := check(cfg):
         parser.error(wrong)
     name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
-    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
+    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}{'/sr' if cfg.stage == 'sr' else ''}"
     return cfg
 
 
@@ -167,10 +190,13 @@ def check(cfg):
     widths, length = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}, cfg.frames * cfg.rate / cfg.fps
     crossed = [widths.get(f, 0) for f in cfg.cross_attention]
     attended = [widths.get(f, 0) for f in (*cfg.video_attention, scales)]
+    name, pixels = ("sr_size", cfg.sr_size) if cfg.stage == "sr" else ("size", cfg.size)
     rules = {
         f"--batch_size {cfg.batch_size} does not divide by {parts} (processes x --grad_accum)": cfg.batch_size % parts,
-        f"--size must divide by {scales}: --mult has {len(cfg.mult)} scales": cfg.size % scales,
-        f"--frames * --rate / --fps, {length:g} samples, must be a multiple of {scales ** 2}": length % scales ** 2,
+        f"--{name} must divide by {scales}: --mult has {len(cfg.mult)} scales": pixels % scales,
+        f"--sr_size {cfg.sr_size} must be a multiple of --size {cfg.size}": pixels % cfg.size,
+        f"--frames * --rate / --fps, {length:g} samples, must be a multiple of {scales ** 2}":
+            "a" in cfg.streams and length % scales ** 2,
         "--norm_groups must divide every width (--width * --mult)": any(w % cfg.norm_groups for w in widths.values()),
         f"attention is possible at the factors {', '.join(map(str, widths))}": not all([*crossed, *attended]),
         "--windows needs one window for each factor of --cross_attention": len(cfg.windows) != len(crossed),
@@ -490,6 +516,107 @@ class CoupledUNet(nn.Module):
         return v, a
 
 
+# ---- Super-resolution: the U-Net of ADM (Dhariwal and Nichol 2021), frame by frame; features (B, C, H, W).
+
+class SRBlock(nn.Module):
+    """Residual block. Other than in MM-blocks, resampling comes before the first convolution and the second is 3x3."""
+    def __init__(self, i, o, cfg, how=None):
+        super().__init__()
+        self.how, g = how, cfg.norm_groups
+        self.in_layers = nn.Sequential(nn.GroupNorm(g, i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.width, 2 * o))
+        self.out_layers = nn.Sequential(nn.GroupNorm(g, o), nn.SiLU(), nn.Dropout(cfg.dropout),
+                                        zeroed(nn.Conv2d(o, o, 3, padding=1)))
+        self.skip_connection = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+
+    def forward(self, x, emb):
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.how == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.how == "up":
+            x, h = F.interpolate(x, scale_factor=2.0), F.interpolate(h, scale_factor=2.0)
+        norm, *rest = self.out_layers
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)    # (B, O, 1, 1) each
+        h = torch.addcmul(shift, norm(conv(h)), 1 + scale)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class SRAttention(nn.Module):
+    """Self-attention over the pixels of a frame. Other than in SelfAttention, qkv holds q, k and v head by head."""
+    def __init__(self, channels, cfg):
+        super().__init__()
+        self.heads = cfg.heads
+        self.norm = nn.GroupNorm(cfg.norm_groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        h = self.norm(x).flatten(2).transpose(1, 2)                              # (B, H*W, C)
+        qkv = pointwise(self.qkv, h).unflatten(-1, (self.heads, 3, -1))          # (B, H*W, heads, 3, d)
+        h = attend(*(y.flatten(2) for y in qkv.unbind(3)), self.heads)           # (B, H*W, C)
+        return x + pointwise(self.proj_out, h).transpose(1, 2).reshape(x.shape)
+
+
+class SRUNet(nn.Module):
+    """A noisy frame and the low-resolution one -> the noise and where its variance lies between the bounds."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        g, width, scales = cfg.norm_groups, cfg.width, [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+
+        def blocks(i, o, factor):
+            return [SRBlock(i, o, cfg)] + [SRAttention(o, cfg)] * (factor in cfg.video_attention)
+
+        c = scales[0][1]
+        entries, skips = [[nn.Conv2d(6, c, 3, padding=1)]], [c]
+        for factor, w in scales:
+            for _ in range(cfg.res_blocks):
+                entries.append(blocks(c, w, factor))
+                c = w
+                skips.append(c)
+            if factor < scales[-1][0]:
+                entries.append([SRBlock(c, c, cfg, "down")])
+                skips.append(c)
+        self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
+        self.middle_block = nn.ModuleList([SRBlock(c, c, cfg), SRAttention(c, cfg), SRBlock(c, c, cfg)])
+        entries = []
+        for factor, w in reversed(scales):
+            for i in range(cfg.res_blocks + 1):
+                entries.append(blocks(c + skips.pop(), w, factor))
+                c = w
+                if factor > 1 and i == cfg.res_blocks:
+                    entries[-1].append(SRBlock(c, c, cfg, "up"))
+        self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
+        self.out = nn.Sequential(nn.GroupNorm(g, c), nn.SiLU(), zeroed(nn.Conv2d(c, 6, 3, padding=1)))
+
+    def forward(self, x, low, t):
+        """Noisy frames x (B, 3, H, W), low (B, 3, h, w) of any size, steps t (B,) -> (B, 6, H, W) float32."""
+        low = F.interpolate(low, x.shape[-2:], mode="bilinear")
+        emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, 4*width)
+        h, skips = torch.cat([x, low], 1), []                                    # (B, 6, H, W)
+        for entry in self.input_blocks:
+            h = self.run(entry, h, emb)
+            skips.append(h)
+        h = self.run(self.middle_block, h, emb)
+        for entry in self.output_blocks:
+            h = self.run(entry, torch.cat([h, skips.pop()], 1), emb)
+        return self.out(h).float()
+
+    def run(self, entry, h, emb):
+        for block in entry:
+            if isinstance(block, nn.Conv2d):         # the stem
+                h = block(h)
+            elif self.cfg.checkpoint and torch.is_grad_enabled():
+                h = checkpoint(block, h, emb, use_reentrant=False)
+            else:
+                h = block(h, emb)
+        return h
+
+
 # ---- Process: schedule, loss, samplers. A state x is a dict of the streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
 
 def mix(*terms):
@@ -565,27 +692,71 @@ def estimate_x0(x, eps, abar):
     return {k: y.clamp(-1, 1) for k, y in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
 
 
-def ddpm(eps_fn, x, process, noise_like, steps=None):
-    """Ancestral sampling, eq. 3-6, with variance beta_t: T network calls. noise_like(tensor) draws normal noise."""
-    for t in reversed(range(process.T)):
-        abar, beta = float(process.abar[t]), float(process.betas[t])
-        before = float(process.abar[t - 1]) if t else 1.0
-        x0 = estimate_x0(x, eps_fn(x, t), abar)
-        x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
-        if t:
-            x = {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()}
-    return x
+def ddpm_step(x, eps, abar, before, noise_like):
+    """One step of ancestral sampling, eq. 3-6, with variance beta_t: from the noise level abar to `before` it."""
+    x0, beta = estimate_x0(x, eps, abar), 1 - abar / before
+    x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
+    return {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()} if before < 1 else x
 
 
-def ddim(eps_fn, x, process, noise_like, steps=25):
-    """DDIM with eta = 0 on `steps` evenly spaced steps."""
+def ddim_step(x, eps, abar, before, noise_like):
+    """One step of DDIM with eta = 0."""
+    x0 = estimate_x0(x, eps, abar)
+    eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))        # what the clamped x_0 implies
+    return mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
+
+
+def walk(step, eps_fn, x, process, noise_like, steps, given=None):
+    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise. given: a
+    Given, what is known of the clip."""
     times = [i * process.T // steps for i in range(steps)]
     for i in reversed(range(steps)):
         abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
-        x0 = estimate_x0(x, eps_fn(x, times[i]), abar)
-        eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))    # what the clamped x_0 implies
-        x = mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
+
+        def advance(x, t=times[i], levels=(abar, before)):
+            return step(x, eps_fn(x, t), *levels, noise_like)
+
+        x = given.step(advance, x, abar, before, noise_like) if given else advance(x)
     return x
+
+
+class Given:
+    """Zero-shot conditioning (section 3.4): of a clip, x0 {stream: values} is known where mask {stream: bool} is true.
+    Both streams are denoised; the known part is kept on the path that its noise levels prescribe."""
+    def __init__(self, x0, mask, method="replace", guidance=0.0):
+        self.x0, self.mask, self.method, self.guidance = x0, mask, method, guidance
+        self.noise = self.next = None
+
+    def put(self, known, x):
+        """`known` where the mask is true, else x."""
+        return {k: torch.where(self.mask[k], known[k], y) if k in known else y for k, y in x.items()}
+
+    def at(self, abar, noise_like):
+        """A sample of q(x_t | x_0) for the known streams; of one fixed noise in the released code."""
+        noise = self.noise or {k: noise_like(y) for k, y in self.x0.items()}
+        return mix((abar ** 0.5, self.x0), ((1 - abar) ** 0.5, noise))
+
+    def step(self, advance, x, abar, before, noise_like):
+        """x at the noise level abar -> advance(x), at `before`, with the known part replaced and, unless the method
+        is "replace", the rest moved so that the network's own prediction of the known part comes out right."""
+        if self.method == "released" and self.noise is None:
+            self.noise = x
+        x = self.put(self.next or self.at(abar, noise_like), x)
+        self.next = self.at(before, noise_like)
+        if self.method == "replace":
+            return advance(x)
+        with torch.enable_grad():
+            x = {k: y.detach().requires_grad_() for k, y in x.items()}
+            y = advance(x)                                                       # eq. 11
+            error = {k: ((y[k] - known) * self.mask[k]).square() for k, known in self.next.items()}
+            if self.method == "gradient":
+                scale, error = (1 - before) ** 0.5, sum(e.sum() for e in error.values())
+            else:                                    # mean for sum, and sqrt(abar) of the step before
+                scale = abar ** 0.5 * (before < 1)
+                error = sum(e.sum() / self.mask[k].expand_as(e[0]).sum() for k, e in error.items())
+            # Eq. 12. v_t does not depend on a_t: the gradient is that by a_(t+1), which went into the step.
+            grads = torch.autograd.grad(error, list(x.values()))
+        return {k: y[k].detach() - self.guidance * scale * g for k, g in zip(x, grads, strict=True)}
 
 
 class DPMSolver:
@@ -698,8 +869,103 @@ SAMPLERS = {
     "dpm": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="clamp").multistep(x, steps),
     "dpm3": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, x0=False).singlestep3(x, steps),
     "dpm_adaptive": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="dynamic").adaptive2(x),
-    "ddim": ddim, "ddpm": ddpm,
+    "ddim": lambda eps, x, p, noise, steps, given=None: walk(ddim_step, eps, x, p, noise, steps, given),
+    "ddpm": lambda eps, x, p, noise, steps, given=None: walk(ddpm_step, eps, x, p, noise, p.T, given),
 }
+
+
+# ---- Super-resolution: data, loss, sampling
+
+class Frames(torch.utils.data.Dataset):
+    """Clips at sr_size, each with "low": float32 (F, 3, size, size), about -1 ... 1, what the network is to upsample.
+    That is the mean of each square of pixels, as data.py makes small frames. With probability `augment` each, low gets
+    Gaussian noise and JPEG's traces, and the clip is mirrored (Table A.1), as drawn from (seed, number of the clip)."""
+    def __init__(self, clips, cfg, augment):
+        self.clips, self.seed, self.size, self.augment = clips, cfg.seed, cfg.size, augment
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        clip, draw = self.clips[i], np.random.default_rng(data.clip_key(self.seed, f"augment {i}"))
+        noise, jpeg, mirror = draw.random(3) < self.augment
+        video = np.ascontiguousarray(clip["video"][:, :, ::-1]) if mirror else clip["video"]     # (F, H, W, 3)
+        zoom = video.shape[1] // self.size
+        low = video.reshape(len(video), self.size, zoom, self.size, zoom, 3).mean((2, 4))        # (F, h, w, 3), 0 ... 255
+        if noise:
+            low = low + draw.uniform(0, 20) * draw.standard_normal(low.shape)
+        if jpeg:
+            quality, low = int(draw.uniform(20, 80)), low.round().clip(0, 255).astype(np.uint8)
+            files = [imageio.imwrite(imageio.RETURN_BYTES, frame, format="jpg", quality=quality) for frame in low]
+            low = np.stack([imageio.imread(file, format="jpg") for file in files])
+        return {**clip, "video": video, "low": np.float32(low).transpose(0, 3, 1, 2) / 127.5 - 1}
+
+
+class SRDiffusion(Diffusion):
+    """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021)."""
+    def loss(self, model, batch):
+        """Error in the noise plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains the
+        variance alone. batch: video and low (B, F, 3, H, W), key (B,); u (B,) to set the noise levels."""
+        x0, low = batch["video"].flatten(0, 1), batch["low"].flatten(0, 1)       # (B*F, 3, H, W), (B*F, 3, h, w)
+        u, eps = self.noise(batch["key"], {"v": batch["video"].shape[1:]}, x0.device)
+        eps = eps["v"].flatten(0, 1)                                             # (B*F, 3, H, W)
+        t = (batch.get("u", u) * self.T).long().repeat_interleave(batch["video"].shape[1])       # (B*F,)
+        abar = self.abar.float().to(x0.device)[t].view(-1, 1, 1, 1)
+        out, v = model(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t).chunk(2, dim=1)
+        mse, vb = (out - eps).square().mean(), self.variational(x0, eps, out.detach(), v, t).mean()
+        return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
+
+    def variational(self, x0, eps, out, v, t):
+        """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
+        mean that the noise estimate `out` gives, and a variance between the two bounds, at v = -1 and v = 1."""
+        before = torch.cat([self.abar.new_ones(1), self.abar[:-1]])
+        least = self.betas * (1 - before) / (1 - self.abar)                      # the variance of q, 0 at t = 0
+        least[0] = least[1]
+        table = torch.stack([least.log(), self.betas.log(), (self.betas ** 2 / (1 - self.betas) / (1 - self.abar)).log(),
+                             (1 / self.abar - 1).log() / 2])
+        low, high, weight, ratio = table.float().to(x0.device)[:, t].view(4, -1, 1, 1, 1)
+        log_var = low + (v + 1) / 2 * (high - low)
+        # Two Gaussians whose means differ by beta / sqrt(alpha (1 - abar)) times the error in the noise.
+        kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + (out - eps).square() * (weight - log_var).exp())
+        # The chance that p, discretized, gives this pixel's value of 256. Its mean at t = 0 is the x_0 estimate.
+        error, sharp = (out - eps) * ratio.exp(), (-log_var / 2).exp()           # x_0 less the mean
+        above = torch.where(x0 > 0.999, 1.0, torch.special.ndtr(sharp * (error + 1 / 255)))
+        below = torch.where(x0 < -0.999, 0.0, torch.special.ndtr(sharp * (error - 1 / 255)))
+        code = -(above - below).clamp(min=1e-12).log()
+        return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl) / math.log(2)
+
+
+@torch.no_grad()
+def upsample(model, low, noise, steps):
+    """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM. All start from the one noise image (3, H, W), so that
+    what the network makes up flickers less."""
+    def eps_fn(x, t):
+        return {"v": model(x["v"], low, torch.full((len(low),), t, device=low.device))[:, :3]}
+
+    start = {"v": noise.expand(len(low), *noise.shape)}
+    return walk(ddim_step, eps_fn, start, Diffusion(model.cfg), None, steps)["v"]
+
+
+def compare(model, clips, n):
+    """Upsample one frame of each of n clips of a Frames -> a clip (1, n, H, 3*W, 3) uint8 that shows them next to
+    bicubic upsampling and the truth; and the mean PSNR of both in dB."""
+    batch, device = data.val_batches(clips, n, n)[0], next(model.parameters()).device
+    low, true = batch["low"][:, 0].to(device), data.to_device(batch, device)["video"][:, 0]      # (n, 3, H, W)
+    noise = torch.randn(true.shape[1:], generator=torch.Generator().manual_seed(model.cfg.seed)).to(device)
+    ours = torch.cat([upsample(model, x, noise, model.cfg.sr_steps) for x in low.split(8)]).clamp(-1, 1)
+    cubic = F.interpolate(low, true.shape[-2:], mode="bicubic").clamp(-1, 1)
+    psnr = [float(-10 * ((x - true) / 2).square().flatten(1).mean(1).log10().mean()) for x in (ours, cubic)]
+    return data.to_uint8(torch.cat([cubic, ours, true], dim=-1)[None]).cpu(), *psnr
+
+
+STAGES = {"base": (CoupledUNet, Diffusion), "sr": (SRUNet, SRDiffusion)}
+
+
+def open_clips(cfg, split):
+    """The clips that cfg.stage trains on (split train) or is measured on (val)."""
+    size = cfg.sr_size if cfg.stage == "sr" else cfg.size
+    clips = data.open_dataset(cfg.data, split, cfg.frames, size, cfg.fps, cfg.rate, cfg.seed)
+    return Frames(clips, cfg, cfg.augment * (split == "train")) if cfg.stage == "sr" else clips
 
 
 # ---- Training
@@ -746,7 +1012,8 @@ def fill(model, state, path):
 
 # Options that may change when a run goes on; any other would make it another run.
 FREE = {"preset", "out", "steps", "amp", "compile", "device", "workers", "grad_accum", "checkpoint", "init_from",
-        "log_every", "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps"}
+        "log_every", "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps",
+        "method", "guidance", "seconds", "sr_ckpt", "sr_steps"}
 
 
 def save(path, step, cfg, model, ema, optimizer, scaler):
@@ -922,18 +1189,82 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
 # ---- Sampling and the command line
 
+def shapes(cfg):
+    """The shape of one window of each stream."""
+    both = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
+    return {k: shape for k, shape in both.items() if k in cfg.streams}
+
+
+def condition(cfg, n, video, audio):
+    """What sample() was given -> {} or {stream: n clips of one window, float in [-1, 1]}."""
+    if video is None and audio is None:
+        return {}
+    if cfg.streams != "av" or cfg.seconds or (video is not None and audio is not None):
+        raise data.UserError("A video or a sound, not both, can be given to a model of both streams, for one window: "
+                             "without --seconds.")
+    if audio is None:
+        out = {"v": torch.as_tensor(video).transpose(-1, -2).transpose(-2, -3).float() / 127.5 - 1}
+    else:
+        out = {"a": torch.as_tensor(audio).float().unsqueeze(-2)}
+    for k, x in out.items():
+        if x.shape[-len(shapes(cfg)[k]):] != shapes(cfg)[k]:
+            raise data.UserError(f"The given {Diffusion.names[k]} must be one window, {shapes(cfg)[k]} numbers.")
+        out[k] = x.expand(n, *shapes(cfg)[k])
+    return out
+
+
+def generate(model, normal, draw, given, cfg):
+    """A batch of clips {stream: values}, from the noise that normal(shape) draws and shifts of the generator `draw`.
+
+    given {stream: values} is kept. A clip longer than a window is made window by window: the second half of one is
+    given as the first half of the next, in both streams. There, all goes on to the bit; behind a seam the clip goes on
+    as well as cfg.method makes it, knowing of half a window: nothing older is remembered."""
+    process, axis, half, x = Diffusion(cfg), {"v": 1, "a": 2}, cfg.frames // 2, {}
+    eps_fn = process.denoiser(model, draw)
+
+    def units(k, frames):
+        return frames if k == "v" else frames * cfg.rate // cfg.fps
+
+    def window(x0, frames):                          # of x0, so many are known
+        x = {k: normal(shape) for k, shape in shapes(cfg).items()}
+        args = eps_fn, x, process, lambda like: normal(like.shape[1:])
+        if not x0:
+            return SAMPLERS[cfg.sampler](*args, cfg.sample_steps)
+        mask = {k: torch.arange(y.shape[axis[k]], device=y.device) < units(k, frames) for k, y in x0.items()}
+        mask = {k: m.view(-1, *[1] * (x0[k].dim() - 1 - axis[k])) for k, m in mask.items()}
+        part = Given(x0, mask, cfg.method, cfg.guidance)
+        return part.put(x0, SAMPLERS["ddpm" if cfg.sampler == "ddpm" else "ddim"](*args, cfg.sample_steps, part))
+
+    clip = x = window(given, cfg.frames)
+    total = round(cfg.seconds * cfg.fps) or cfg.frames
+    for _ in range(math.ceil((total - cfg.frames) / max(half, 1))):
+        old = {k: units(k, cfg.frames - half) for k in x}
+        x = window({k: y.roll(old[k] - y.shape[axis[k]], axis[k]) for k, y in x.items()}, cfg.frames - half)
+        clip = {k: torch.cat([clip[k], y.tensor_split([old[k]], axis[k])[1]], axis[k]) for k, y in x.items()}
+    return {k: y.narrow(axis[k], 0, units(k, total)) for k, y in clip.items()}
+
+
 @torch.no_grad()
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
-           guidance=None, seed=0, sampler=None, batch_size=8):
+           guidance=None, seed=0, sampler=None, method=None, seconds=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks. sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or
-    batch_size, but for dpm_adaptive. Raises data.UserError for a condition: this model takes none."""
-    for name in ("prompt", "negative_prompt", "label", "guidance", "video", "audio"):
+    the model lacks. Given one window of video ([n,] F, H, W, 3) uint8 or of audio ([n,] L), generate the other and
+    give it back as it is. What is left out is as in the model's config, and so are sr_ckpt and sr_steps. Clip i depends
+    on (seed, i), not on n or batch_size, but for dpm_adaptive. Raises data.UserError for what the model cannot do."""
+    if isinstance(model, SRUNet):
+        raise data.UserError("This network only upsamples: give it as --sr_ckpt, beside a --ckpt that makes frames.")
+    for name in ("prompt", "negative_prompt", "label"):
         if locals()[name] is not None:
-            raise data.UserError(f"MM-Diffusion generates without conditions: it takes no {name}.")
-    cfg, device, process = model.cfg, next(model.parameters()).device, Diffusion(model.cfg)
-    shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
-    out = {k: [] for k in shapes if k in cfg.streams}
+            raise data.UserError(f"MM-Diffusion knows no words or classes: it takes no {name}.")
+    options = {"sample_steps": steps, "guidance": guidance, "sampler": sampler, "method": method, "seconds": seconds}
+    cfg = dataclasses.replace(model.cfg, **{k: x for k, x in options.items() if x is not None})
+    device, given = next(model.parameters()).device, condition(cfg, n, video, audio)
+    if guidance is not None and (not given or cfg.method == "replace"):
+        raise data.UserError("Guidance is for a given video or sound, with --method gradient or released.")
+    sr = load(cfg.sr_ckpt, device) if cfg.sr_ckpt else None
+    if sr and (not isinstance(sr, SRUNet) or sr.cfg.size != cfg.size or "v" not in cfg.streams):
+        raise data.UserError(f"{cfg.sr_ckpt} does not upsample frames of {cfg.size} pixels.")
+    out = {k: [] for k in shapes(cfg)}
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         clips = range(first, min(first + batch_size, n))
         draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")) for i in clips]
@@ -941,59 +1272,79 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         def normal(shape, draws=draws):              # drawn on the CPU: every device starts from the same noise
             return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
 
-        x = {k: normal(shapes[k]) for k in out}
-        eps_fn = process.denoiser(model, torch.Generator().manual_seed(seed))
-        x = SAMPLERS[sampler or cfg.sampler](eps_fn, x, process, lambda like, normal=normal: normal(like.shape[1:]),
-                                             steps or cfg.sample_steps)
+        part = {k: x[clips.start:clips.stop].to(device) for k, x in given.items()}
+        x = generate(model, normal, torch.Generator().manual_seed(seed), part, cfg)
+        if sr and "v" not in given:                  # one noise image per clip
+            pairs = zip(x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)), strict=True)
+            x["v"] = torch.stack([upsample(sr, v, noise, cfg.sr_steps) for v, noise in pairs])
         for k in out:
             out[k].append(x[k].cpu())
     return (data.to_uint8(torch.cat(out["v"])) if "v" in out else None,
             torch.cat(out["a"])[:, 0].clamp(-1, 1) if "a" in out else None)
 
 
+def released_config(state, options, path):
+    """The config of a released state dict: as `options` tell, or of the preset that, with them, has its names and
+    shapes. Raises data.UserError when there is none."""
+    has, stage = {k: getattr(p, "shape", None) for k, p in state.items()}, "sr" if "out.0.weight" in state else "base"
+    for preset in ([], *(["--preset", name] for name in PRESETS)):
+        try:
+            cfg = parse(["--stage", stage, *preset, *options])
+        except SystemExit:
+            if not preset:                           # wrong options; or else some that do not go with this preset
+                raise
+            continue
+        with torch.device("meta"):
+            if has == {k: p.shape for k, p in STAGES[stage][0](cfg).state_dict().items()}:
+                return cfg
+    raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
+
+
 def load(path, device="cpu", options=()):
-    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, which is taken for
-    the preset that has its names and shapes. options, as on the command line, override the config; for a state dict
-    they tell it. Raises data.UserError when the file is not readable or does not fit."""
+    """A model ready to sample: a checkpoint of ours (its EMA weights) or a released state dict. options, as on the
+    command line, override the config. A network of --stage sr loads, too; it is of use as sr_ckpt alone. Raises
+    data.UserError when the file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" in state:
         cfg, state = parse(options, Config(**state["cfg"])), state["ema"]
-    elif options:
-        cfg = parse(options)
     else:
-        shapes = {k: getattr(p, "shape", None) for k, p in state.items()}
-        for preset in PRESETS:
-            cfg = parse(["--preset", preset])
-            with torch.device("meta"):
-                if shapes == {k: p.shape for k, p in CoupledUNet(cfg).state_dict().items()}:
-                    break
-        else:
-            raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
-    model = CoupledUNet(cfg)
+        cfg = released_config(state, options, path)
+    model = STAGES[cfg.stage][0](cfg)
     fill(model, state, path)
     return model.to(device).eval()
 
 
 def main(argv=None):
     cfg = parse(argv)
+    lead, upsamples = int(os.environ.get("RANK", 0)) == 0, cfg.stage == "sr"
     try:
         device = setup(cfg)
-        train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
-                      for split in ("train", "val"))
+        train, val = open_clips(cfg, "train"), open_clips(cfg, "val")
         torch.manual_seed(cfg.seed)
-        model = CoupledUNet(cfg)
+        net, process = STAGES[cfg.stage]
+        model = net(cfg)
         if cfg.init_from:
             state = read_checkpoint(cfg.init_from)
-            fill(model, state.get("ema", state), cfg.init_from)
+            state = state.get("ema", state)
+            state.pop("label_emb.weight", None)      # ADM's own upsampler, which the paper's starts from, has classes
+            fill(model, state, cfg.init_from)
         model = model.to(device)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if lead:
             size = sum(p.numel() for p in model.parameters())
             print(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
-        fit(model, Diffusion(cfg).loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, seed=cfg.seed))
+
+        def draw(ema):
+            return (compare(ema, val, cfg.samples)[0], None) if upsamples else sample(ema, cfg.samples, seed=cfg.seed)
+
+        ema = fit(model, process(cfg).loss, cfg, train, val, draw)
+        if lead and upsamples:
+            _, ours, cubic = compare(ema, val, cfg.val_clips)
+            print(f"PSNR of {min(cfg.val_clips, len(val))} validation frames: {ours:.2f} dB, bicubic {cubic:.2f} dB")
     except data.UserError as error:
         die(f"mm_diffusion.py: {error}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
+    if lead:
+        more = "--sr_ckpt" if upsamples else "--ckpt"
+        print(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion {more} {cfg.out}/ckpt.pt")
 
 
 if __name__ == "__main__":
