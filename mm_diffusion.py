@@ -16,20 +16,32 @@ every call, so that over the many calls of sampling each frame meets all of the 
     python mm_diffusion.py                                          # toy: 8 minutes on 2 cores, loss 0.43 -> 0.05
     torchrun --nproc_per_node=4 mm_diffusion.py --data concerts     # your videos, after `python data.py prepare`
     python sample.py --model mm_diffusion                           # mp4, wav, film strips, and a page of them
+    python sample.py --model mm_diffusion --video in.mp4            # sound for a video; --audio in.wav: the reverse
+    python mm_diffusion.py --stage sr                               # then a network that enlarges the frames: --sr_ckpt
 
-Differs from the released code, on purpose: 1. the shift R is drawn once per call from a generator, so it is the same
-in forward and backward, on all processes, and in every run. 2. Sampling is a function of the seed; any batch size
-works. 3. The slip in its solver's first-order audio step is mended. 4. Clips are not mirrored. 5. Gradients of
---grad_accum parts are averaged, not summed. 6. "up" blocks work at the low resolution and copy at their end.
-7. The presets toy and small predict v instead of the noise (in short trials shapes came sooner); toy does not shift.
+Where the paper and its code disagree, or the paper is silent (-), we do as the code, or as the last column says:
 
-The paper is silent or at odds with its code on the following; we do as the code. 1. Parameters: 115.13M in the text;
-the code has 133,675,524, and no reading of it gives the former. 2. Audio self-attention, said to be deleted, is in both
-middle blocks; between them stands a cross-attention over the whole clip, if the windows are 1,4,8. 3. "64 channels a
-head" holds for cross-attention; self-attention has 4 heads. 4. Dilations run 2, 4, ... 512, 1, 2, ..., not 1 ... 2^10.
-5. The second convolution of a block is 1x1; space comes before time. 6. "Second-order, multistep, adaptive" names two
-samplers: --sampler dpm is multistep and our default, dpm3 and dpm_adaptive are the released ones. 7. lambda(t) of
-eq. 7 is 1; the noise of eq. 1 has variance beta_t.
+    parameters              115.13M                   133,675,524; nothing gives the former
+    audio self-attention    deleted                   in both middle blocks
+    middle cross-attention  -                         over the whole clip, if the windows are 1,4,8
+    channels per head       64; SR 48                 cross-attention 64, else 4 heads; SR 4 heads
+    dilations               1, 2, ... 2^10            2, 4, ... 512, 1, 2, ...
+    2+1-D convolution       time, then space          space, then time; a block's second is 1x1
+    step embedding          128; SR 192               128; SR 192, widened to 768
+    cost of attention       S^2 H W L / F             F S H W L / F for each stream
+    lambda(t), eq. 7        -                         1
+    variance                eq. 1: I; p_theta: -      beta_t in both
+    shift R                 0 ... F - S               same; drawn anew in backward            one draw per call
+    sampler                 2nd order, multistep,     3rd order; or adaptive, with a slip     multistep; also dpm3,
+                            adaptive (are two)        in its first-order audio step           dpm_adaptive (mended)
+    guidance, eq. 12        sum, sqrt(1 - abar_t),    mean, sqrt(abar_(t+1)), one noise,      --method gradient,
+                            new noise in each step    in fp16 times 2^20                      released (not 2^20)
+    mirrored; SR dropout    none, SR half; 0.1        all, SR none; 0                         paper
+    batch, steps            128, 10k (Table 4: 100k)  32, endless; --grad_accum parts summed  paper; averaged
+
+Ours alone: 1. Samples are a function of the seed. 2. "up" blocks work at the low resolution and copy at their end.
+3. SR learns from means of squares of pixels, as data.py makes small frames, not bicubic ones.
+4. The presets toy and small predict v instead of the noise (in short trials shapes came sooner); toy does not shift.
 """
 import argparse
 import copy
@@ -50,6 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -142,7 +155,6 @@ SR_PRESETS = {
                   prediction="eps", steps=270000, batch_size=48, lr=1e-4, lr_end=1.0, ema=0.9999),
     "toy": dict(sr_size=64, width=16, mult=(1, 2, 4), res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0,
                 steps=800, batch_size=8, lr=3e-3, lr_end=0.05, ema=0.99),
-    "small": dict(width=64, res_blocks=1, dropout=0.0, steps=20000, batch_size=16, lr=3e-4, lr_end=0.1, ema=0.999),
 }
 
 
@@ -361,7 +373,6 @@ class ResBlock(nn.Module):
         return v, a
 
 
-
 def modulated(layers, h, p):
     """`layers` on h. Their first, a norm, is followed by FiLM, norm(h) (1 + scale) + shift, or preceded by h + p."""
     norm, *rest = layers
@@ -437,44 +448,54 @@ def time_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def ladder(cfg):
+    """The entries of a U-Net's encoder and of its decoder: (channels in, channels out, downsampling factor, how). how
+    is "down" for an entry that resamples, "up" for one that does so at its end, else None."""
+    scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]
+    c = scales[0][1]
+    encoder, decoder, skips = [], [], [c]
+    for factor, w in scales:
+        encoder += [(c, w, factor, None)] + [(w, w, factor, None)] * (cfg.res_blocks - 1)
+        encoder += [(w, w, factor, "down")] * (factor < scales[-1][0])
+        c = w
+    skips += [o for _, o, _, _ in encoder]
+    for factor, w in reversed(scales):
+        for i in range(cfg.res_blocks + 1):
+            decoder.append((c + skips.pop(), w, factor, "up" if i == cfg.res_blocks and factor > 1 else None))
+            c = w
+    return encoder, decoder
+
+
 class CoupledUNet(nn.Module):
     """The coupled U-Net (figure 3a). Per scale res_blocks MM-blocks, each followed by cross-attention where the scale
     has it, and one that downsamples; back up with one block more per scale, each given the encoder's features."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]       # (downsampling factor, channels)
+        encoder, decoder = ladder(cfg)
         window = dict(zip(cfg.cross_attention, cfg.windows, strict=True)) if cfg.streams == "av" else {}
         self.time_embed = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
-        k = 1                                        # counts blocks: the audio's dilation is 2^(k mod 10)
+        k, c = 1, encoder[0][0]                      # k counts blocks: the audio's dilation is 2^(k mod 10)
 
         def blocks(i, o, factor):
             res = ResBlock(i, o, cfg, 2 ** (k % 10), video_attention=factor in cfg.video_attention)
             return [res, CrossAttention(o, cfg, window[factor])] if factor in window else [res]
 
-        c = scales[0][1]
-        entries, skips = [[Stem(c, cfg)]], [c]
-        for factor, w in scales:
-            for _ in range(cfg.res_blocks):
-                entries.append(blocks(c, w, factor))
-                c, k = w, k + 1
-                skips.append(c)
-            if factor < scales[-1][0]:
-                entries.append([ResBlock(c, c, cfg, 2 ** (k % 10), "down")])
-                k += 1
-                skips.append(c)
+        entries = [[Stem(c, cfg)]]
+        for i, o, factor, how in encoder:
+            entries.append([ResBlock(i, o, cfg, 2 ** (k % 10), how)] if how else blocks(i, o, factor))
+            k += 1
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
-        middle = [ResBlock(c, c, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
+        middle = [ResBlock(o, o, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
         if cfg.windows == (1, 4, 8) and window:      # in the released code for these windows alone; not in the paper
-            middle.insert(1, CrossAttention(c, cfg, None))
+            middle.insert(1, CrossAttention(o, cfg, None))
         self.middle_blocks = nn.ModuleList(middle)
         entries, k = [], k - 1
-        for factor, w in reversed(scales):
-            for i in range(cfg.res_blocks + 1):
-                entries.append(blocks(c + skips.pop(), w, factor))
-                c, k = w, k - 1
-                if factor > 1 and i == cfg.res_blocks:
-                    entries[-1].append(ResBlock(c, c, cfg, 2 ** (k % 10), "up"))
+        for i, o, factor, how in decoder:
+            entries.append(blocks(i, o, factor))
+            k -= 1
+            if how:
+                entries[-1].append(ResBlock(o, o, cfg, 2 ** (k % 10), how))
         self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
         g, audio, video = cfg.norm_groups, "a" in cfg.streams, "v" in cfg.streams
         self.audio_out = nn.Sequential(Norm(c, g), nn.SiLU(), zeroed(AudioConv(c, 1, 3))) if audio else None
@@ -522,36 +543,29 @@ class SRBlock(nn.Module):
     """Residual block. Other than in MM-blocks, resampling comes before the first convolution and the second is 3x3."""
     def __init__(self, i, o, cfg, how=None):
         super().__init__()
-        self.how, g = how, cfg.norm_groups
-        self.in_layers = nn.Sequential(nn.GroupNorm(g, i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1))
+        self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2.0)}[how]
+        self.in_layers = nn.Sequential(nn.GroupNorm(cfg.norm_groups, i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.width, 2 * o))
-        self.out_layers = nn.Sequential(nn.GroupNorm(g, o), nn.SiLU(), nn.Dropout(cfg.dropout),
+        self.out_layers = nn.Sequential(nn.GroupNorm(cfg.norm_groups, o), nn.SiLU(), nn.Dropout(cfg.dropout),
                                         zeroed(nn.Conv2d(o, o, 3, padding=1)))
         self.skip_connection = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
 
     def forward(self, x, emb):
         norm, act, conv = self.in_layers
-        h = act(norm(x))
-        if self.how == "down":
-            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
-        elif self.how == "up":
-            x, h = F.interpolate(x, scale_factor=2.0), F.interpolate(h, scale_factor=2.0)
+        x, h = self.resize(x), conv(self.resize(act(norm(x))))
         norm, *rest = self.out_layers
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)    # (B, O, 1, 1) each
-        h = torch.addcmul(shift, norm(conv(h)), 1 + scale)
+        h = torch.addcmul(shift, norm(h), 1 + scale)
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
 
 
-class SRAttention(nn.Module):
-    """Self-attention over the pixels of a frame. Other than in SelfAttention, qkv holds q, k and v head by head."""
+class SRAttention(SelfAttention):
+    """Self-attention over the pixels of a frame; qkv holds q, k and v head by head."""
     def __init__(self, channels, cfg):
-        super().__init__()
-        self.heads = cfg.heads
+        super().__init__(channels, cfg.heads, cfg.norm_groups)
         self.norm = nn.GroupNorm(cfg.norm_groups, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x, emb):
         h = self.norm(x).flatten(2).transpose(1, 2)                              # (B, H*W, C)
@@ -565,31 +579,17 @@ class SRUNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        g, width, scales = cfg.norm_groups, cfg.width, [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]
+        (encoder, decoder), g, width = ladder(cfg), cfg.norm_groups, cfg.width
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
-        def blocks(i, o, factor):
-            return [SRBlock(i, o, cfg)] + [SRAttention(o, cfg)] * (factor in cfg.video_attention)
+        def blocks(i, o, factor, how=None):
+            return [SRBlock(i, o, cfg, how)] + [SRAttention(o, cfg)] * (not how and factor in cfg.video_attention)
 
-        c = scales[0][1]
-        entries, skips = [[nn.Conv2d(6, c, 3, padding=1)]], [c]
-        for factor, w in scales:
-            for _ in range(cfg.res_blocks):
-                entries.append(blocks(c, w, factor))
-                c = w
-                skips.append(c)
-            if factor < scales[-1][0]:
-                entries.append([SRBlock(c, c, cfg, "down")])
-                skips.append(c)
+        c, o = encoder[0][0], encoder[-1][1]         # at the top and at the bottom
+        entries = [[nn.Conv2d(6, c, 3, padding=1)], *(blocks(*entry) for entry in encoder)]
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
-        self.middle_block = nn.ModuleList([SRBlock(c, c, cfg), SRAttention(c, cfg), SRBlock(c, c, cfg)])
-        entries = []
-        for factor, w in reversed(scales):
-            for i in range(cfg.res_blocks + 1):
-                entries.append(blocks(c + skips.pop(), w, factor))
-                c = w
-                if factor > 1 and i == cfg.res_blocks:
-                    entries[-1].append(SRBlock(c, c, cfg, "up"))
+        self.middle_block = nn.ModuleList([SRBlock(o, o, cfg), SRAttention(o, cfg), SRBlock(o, o, cfg)])
+        entries = [blocks(i, o, factor) + [SRBlock(o, o, cfg, how)] * bool(how) for i, o, factor, how in decoder]
         self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
         self.out = nn.Sequential(nn.GroupNorm(g, c), nn.SiLU(), zeroed(nn.Conv2d(c, 6, 3, padding=1)))
 
@@ -597,23 +597,19 @@ class SRUNet(nn.Module):
         """Noisy frames x (B, 3, H, W), low (B, 3, h, w) of any size, steps t (B,) -> (B, 6, H, W) float32."""
         low = F.interpolate(low, x.shape[-2:], mode="bilinear")
         emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, 4*width)
-        h, skips = torch.cat([x, low], 1), []                                    # (B, 6, H, W)
-        for entry in self.input_blocks:
-            h = self.run(entry, h, emb)
-            skips.append(h)
-        h = self.run(self.middle_block, h, emb)
+        stem, *entries = self.input_blocks
+        skips = [stem[0](torch.cat([x, low], 1))]                                # (B, C, H, W)
+        for entry in entries:
+            skips.append(self.run(entry, skips[-1], emb))
+        h = self.run(self.middle_block, skips[-1], emb)
         for entry in self.output_blocks:
             h = self.run(entry, torch.cat([h, skips.pop()], 1), emb)
         return self.out(h).float()
 
     def run(self, entry, h, emb):
         for block in entry:
-            if isinstance(block, nn.Conv2d):         # the stem
-                h = block(h)
-            elif self.cfg.checkpoint and torch.is_grad_enabled():
-                h = checkpoint(block, h, emb, use_reentrant=False)
-            else:
-                h = block(h, emb)
+            saving = self.cfg.checkpoint and torch.is_grad_enabled()
+            h = checkpoint(block, h, emb, use_reentrant=False) if saving else block(h, emb)
         return h
 
 
@@ -634,6 +630,8 @@ class Diffusion:
     names = {"v": "video", "a": "audio"}
     def __init__(self, cfg):
         self.T, self.streams, self.seed = cfg.diffusion_steps, cfg.streams, cfg.seed
+        shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
+        self.shapes = {k: shapes[k] for k in cfg.streams}                        # of one window
         self.predicts_v, self.shift = cfg.prediction == "v", cfg.noise_shift
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
         self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
@@ -706,57 +704,53 @@ def ddim_step(x, eps, abar, before, noise_like):
     return mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
 
 
-def walk(step, eps_fn, x, process, noise_like, steps, given=None):
-    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise. given: a
-    Given, what is known of the clip."""
+def walk(step, eps_fn, x, process, noise_like, steps, given=None, method="replace", guidance=0.0):
+    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise.
+
+    Zero-shot conditioning (section 3.4): given {stream: values} is how the clip begins, or all of a stream. Both
+    streams are denoised, and before each step that part is replaced by a sample of q(x_t | x_0). Unless method is
+    "replace", guide() then moves the rest to where the network's own account of that part comes out right."""
+    given, guided = given or {}, bool(given) and method != "replace"
+    fixed = {k: part(x[k], y) for k, y in given.items()} if method == "released" else None
+
+    def at(abar):
+        noise = fixed or {k: noise_like(y) for k, y in given.items()}
+        return mix((abar ** 0.5, given), ((1 - abar) ** 0.5, noise))
+
     times = [i * process.T // steps for i in range(steps)]
+    goal = at(float(process.abar[times[-1]]))
     for i in reversed(range(steps)):
         abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
-
-        def advance(x, t=times[i], levels=(abar, before)):
-            return step(x, eps_fn(x, t), *levels, noise_like)
-
-        x = given.step(advance, x, abar, before, noise_like) if given else advance(x)
+        x = {k: y.requires_grad_(guided) for k, y in put(goal, x).items()}
+        with torch.set_grad_enabled(guided):
+            y, goal = step(x, eps_fn(x, times[i]), abar, before, noise_like), at(before)         # eq. 11
+            x = guide(x, y, goal, abar, before, method, guidance) if guided else y
     return x
 
 
-class Given:
-    """Zero-shot conditioning (section 3.4): of a clip, x0 {stream: values} is known where mask {stream: bool} is true.
-    Both streams are denoised; the known part is kept on the path that its noise levels prescribe."""
-    def __init__(self, x0, mask, method="replace", guidance=0.0):
-        self.x0, self.mask, self.method, self.guidance = x0, mask, method, guidance
-        self.noise = self.next = None
+def guide(x, y, goal, abar, before, method, guidance):
+    """Eq. 12: after the step from x to y, move y so that its given part would have come closer to the `goal` for it.
+    As v_t does not depend on a_t, the gradient is by the a_(t+1) in x. method "released": means for the sum, and
+    sqrt(abar) at the step's start for sqrt(1 - abar) at its end."""
+    errors = [(part(y[k], c) - c).square() for k, c in goal.items()]
+    if method == "released":
+        scale, error = abar ** 0.5 * (before < 1), sum(e.sum() / e[0].numel() for e in errors)
+    else:
+        scale, error = (1 - before) ** 0.5, sum(e.sum() for e in errors)
+    grads = torch.autograd.grad(error, list(x.values()))
+    return {k: y[k].detach() - guidance * scale * g for k, g in zip(x, grads, strict=True)}
 
-    def put(self, known, x):
-        """`known` where the mask is true, else x."""
-        return {k: torch.where(self.mask[k], known[k], y) if k in known else y for k, y in x.items()}
 
-    def at(self, abar, noise_like):
-        """A sample of q(x_t | x_0) for the known streams; of one fixed noise in the released code."""
-        noise = self.noise or {k: noise_like(y) for k, y in self.x0.items()}
-        return mix((abar ** 0.5, self.x0), ((1 - abar) ** 0.5, noise))
+def part(x, of):  # that part of x, from its beginning, which `of` has
+    return x[tuple(map(slice, of.shape))]
 
-    def step(self, advance, x, abar, before, noise_like):
-        """x at the noise level abar -> advance(x), at `before`, with the known part replaced and, unless the method
-        is "replace", the rest moved so that the network's own prediction of the known part comes out right."""
-        if self.method == "released" and self.noise is None:
-            self.noise = x
-        x = self.put(self.next or self.at(abar, noise_like), x)
-        self.next = self.at(before, noise_like)
-        if self.method == "replace":
-            return advance(x)
-        with torch.enable_grad():
-            x = {k: y.detach().requires_grad_() for k, y in x.items()}
-            y = advance(x)                                                       # eq. 11
-            error = {k: ((y[k] - known) * self.mask[k]).square() for k, known in self.next.items()}
-            if self.method == "gradient":
-                scale, error = (1 - before) ** 0.5, sum(e.sum() for e in error.values())
-            else:                                    # mean for sum, and sqrt(abar) of the step before
-                scale = abar ** 0.5 * (before < 1)
-                error = sum(e.sum() / self.mask[k].expand_as(e[0]).sum() for k, e in error.items())
-            # Eq. 12. v_t does not depend on a_t: the gradient is that by a_(t+1), which went into the step.
-            grads = torch.autograd.grad(error, list(x.values()))
-        return {k: y[k].detach() - self.guidance * scale * g for k, g in zip(x, grads, strict=True)}
+
+def put(given, x):
+    """x with its beginning replaced by what is given."""
+    x = {k: y.detach().clone() for k, y in x.items()}
+    for k, y in given.items():
+        part(x[k], y).copy_(y)
+    return x
 
 
 class DPMSolver:
@@ -869,8 +863,8 @@ SAMPLERS = {
     "dpm": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="clamp").multistep(x, steps),
     "dpm3": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, x0=False).singlestep3(x, steps),
     "dpm_adaptive": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="dynamic").adaptive2(x),
-    "ddim": lambda eps, x, p, noise, steps, given=None: walk(ddim_step, eps, x, p, noise, steps, given),
-    "ddpm": lambda eps, x, p, noise, steps, given=None: walk(ddpm_step, eps, x, p, noise, p.T, given),
+    "ddim": lambda eps, x, p, noise, steps, *given: walk(ddim_step, eps, x, p, noise, steps, *given),
+    "ddpm": lambda eps, x, p, noise, steps, *given: walk(ddpm_step, eps, x, p, noise, p.T, *given),
 }
 
 
@@ -891,7 +885,7 @@ class Frames(torch.utils.data.Dataset):
         noise, jpeg, mirror = draw.random(3) < self.augment
         video = np.ascontiguousarray(clip["video"][:, :, ::-1]) if mirror else clip["video"]     # (F, H, W, 3)
         zoom = video.shape[1] // self.size
-        low = video.reshape(len(video), self.size, zoom, self.size, zoom, 3).mean((2, 4))        # (F, h, w, 3), 0 ... 255
+        low = video.reshape(len(video), self.size, zoom, self.size, zoom, 3).mean((2, 4))        # (F, h, w, 3)
         if noise:
             low = low + draw.uniform(0, 20) * draw.standard_normal(low.shape)
         if jpeg:
@@ -918,21 +912,18 @@ class SRDiffusion(Diffusion):
     def variational(self, x0, eps, out, v, t):
         """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
         mean that the noise estimate `out` gives, and a variance between the two bounds, at v = -1 and v = 1."""
-        before = torch.cat([self.abar.new_ones(1), self.abar[:-1]])
-        least = self.betas * (1 - before) / (1 - self.abar)                      # the variance of q, 0 at t = 0
-        least[0] = least[1]
-        table = torch.stack([least.log(), self.betas.log(), (self.betas ** 2 / (1 - self.betas) / (1 - self.abar)).log(),
-                             (1 / self.abar - 1).log() / 2])
-        low, high, weight, ratio = table.float().to(x0.device)[:, t].view(4, -1, 1, 1, 1)
-        log_var = low + (v + 1) / 2 * (high - low)
-        # Two Gaussians whose means differ by beta / sqrt(alpha (1 - abar)) times the error in the noise.
-        kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + (out - eps).square() * (weight - log_var).exp())
-        # The chance that p, discretized, gives this pixel's value of 256. Its mean at t = 0 is the x_0 estimate.
-        error, sharp = (out - eps) * ratio.exp(), (-log_var / 2).exp()           # x_0 less the mean
-        above = torch.where(x0 > 0.999, 1.0, torch.special.ndtr(sharp * (error + 1 / 255)))
-        below = torch.where(x0 < -0.999, 0.0, torch.special.ndtr(sharp * (error - 1 / 255)))
-        code = -(above - below).clamp(min=1e-12).log()
-        return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl) / math.log(2)
+        beta, abar, before = self.betas, self.abar, torch.cat([self.abar.new_ones(1), self.abar[:-1]])
+        least = beta * (1 - before) / (1 - abar)     # the variance of q
+        least[0] = least[1]                          # else 0
+        rows = torch.stack([least.log(), beta.log(), beta / ((1 - beta) * (1 - abar)).sqrt()])
+        low, high, drift = rows.float().to(x0.device)[:, t].view(3, -1, 1, 1, 1)
+        # Both are Gaussian; here, less the mean of q, which at t = 0 is x_0. p's is off by the error in the noise.
+        q = Normal(torch.zeros_like(low), (low / 2).exp(), validate_args=False)
+        p = Normal(drift * (eps - out), ((low + (v + 1) / 2 * (high - low)) / 2).exp(), validate_args=False)
+        above, below = p.cdf(p.loc.new_tensor(1 / 255)), p.cdf(p.loc.new_tensor(-1 / 255))       # of 256 gray levels
+        chance = torch.where(x0 > 0.999, 1.0, above) - torch.where(x0 < -0.999, 0.0, below)
+        code = -chance.clamp(min=1e-12).log()
+        return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl_divergence(q, p)) / math.log(2)
 
 
 @torch.no_grad()
@@ -942,8 +933,7 @@ def upsample(model, low, noise, steps):
     def eps_fn(x, t):
         return {"v": model(x["v"], low, torch.full((len(low),), t, device=low.device))[:, :3]}
 
-    start = {"v": noise.expand(len(low), *noise.shape)}
-    return walk(ddim_step, eps_fn, start, Diffusion(model.cfg), None, steps)["v"]
+    return walk(ddim_step, eps_fn, {"v": noise.expand(len(low), -1, -1, -1)}, Diffusion(model.cfg), None, steps)["v"]
 
 
 def compare(model, clips, n):
@@ -1189,10 +1179,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
 # ---- Sampling and the command line
 
-def shapes(cfg):
-    """The shape of one window of each stream."""
-    both = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
-    return {k: shape for k, shape in both.items() if k in cfg.streams}
+def span(x, first, last, cfg):
+    """Frames first ... last - 1 of clips {stream: values} and their sound."""
+    a, b = first * cfg.rate // cfg.fps, last * cfg.rate // cfg.fps
+    return {k: y[:, first:last] if k == "v" else y[:, :, a:b] for k, y in x.items()}
 
 
 def condition(cfg, n, video, audio):
@@ -1200,48 +1190,39 @@ def condition(cfg, n, video, audio):
     if video is None and audio is None:
         return {}
     if cfg.streams != "av" or cfg.seconds or (video is not None and audio is not None):
-        raise data.UserError("A video or a sound, not both, can be given to a model of both streams, for one window: "
-                             "without --seconds.")
-    if audio is None:
-        out = {"v": torch.as_tensor(video).transpose(-1, -2).transpose(-2, -3).float() / 127.5 - 1}
-    else:
-        out = {"a": torch.as_tensor(audio).float().unsqueeze(-2)}
-    for k, x in out.items():
-        if x.shape[-len(shapes(cfg)[k]):] != shapes(cfg)[k]:
-            raise data.UserError(f"The given {Diffusion.names[k]} must be one window, {shapes(cfg)[k]} numbers.")
-        out[k] = x.expand(n, *shapes(cfg)[k])
-    return out
+        raise data.UserError("Give a video or a sound, not both, to a model of both streams, and without --seconds: "
+                             "one window is generated for it.")
+    k, x = ("a", torch.as_tensor(audio)[..., None, :]) if video is None else \
+        ("v", torch.as_tensor(video).movedim(-1, -3) / 127.5 - 1)
+    shape = Diffusion(cfg).shapes[k]
+    if x.shape[-len(shape):] != shape:
+        raise data.UserError(f"The given {Diffusion.names[k]} must be one window: {shape}, not {tuple(x.shape)}.")
+    return {k: x.float().expand(n, *shape)}
 
 
 def generate(model, normal, draw, given, cfg):
     """A batch of clips {stream: values}, from the noise that normal(shape) draws and shifts of the generator `draw`.
 
-    given {stream: values} is kept. A clip longer than a window is made window by window: the second half of one is
-    given as the first half of the next, in both streams. There, all goes on to the bit; behind a seam the clip goes on
-    as well as cfg.method makes it, knowing of half a window: nothing older is remembered."""
-    process, axis, half, x = Diffusion(cfg), {"v": 1, "a": 2}, cfg.frames // 2, {}
+    given {stream: values} is kept. A clip longer than a window is made window by window: the last half of what there
+    is is given to the next window as its beginning, in both streams, and what that adds is appended. At a seam the clip
+    goes on as well as cfg.method makes it; a window knows of nothing older than its first half."""
+    process, keep = Diffusion(cfg), cfg.frames // 2
     eps_fn = process.denoiser(model, draw)
 
-    def units(k, frames):
-        return frames if k == "v" else frames * cfg.rate // cfg.fps
-
-    def window(x0, frames):                          # of x0, so many are known
-        x = {k: normal(shape) for k, shape in shapes(cfg).items()}
-        args = eps_fn, x, process, lambda like: normal(like.shape[1:])
+    def window(x0):
+        x = {k: normal(shape) for k, shape in process.shapes.items()}
+        args = eps_fn, x, process, lambda like: normal(like.shape[1:]), cfg.sample_steps
         if not x0:
-            return SAMPLERS[cfg.sampler](*args, cfg.sample_steps)
-        mask = {k: torch.arange(y.shape[axis[k]], device=y.device) < units(k, frames) for k, y in x0.items()}
-        mask = {k: m.view(-1, *[1] * (x0[k].dim() - 1 - axis[k])) for k, m in mask.items()}
-        part = Given(x0, mask, cfg.method, cfg.guidance)
-        return part.put(x0, SAMPLERS["ddpm" if cfg.sampler == "ddpm" else "ddim"](*args, cfg.sample_steps, part))
+            return SAMPLERS[cfg.sampler](*args)
+        sampler = SAMPLERS["ddpm" if cfg.sampler == "ddpm" else "ddim"]
+        return put(x0, sampler(*args, x0, cfg.method, cfg.guidance))
 
-    clip = x = window(given, cfg.frames)
-    total = round(cfg.seconds * cfg.fps) or cfg.frames
-    for _ in range(math.ceil((total - cfg.frames) / max(half, 1))):
-        old = {k: units(k, cfg.frames - half) for k in x}
-        x = window({k: y.roll(old[k] - y.shape[axis[k]], axis[k]) for k, y in x.items()}, cfg.frames - half)
-        clip = {k: torch.cat([clip[k], y.tensor_split([old[k]], axis[k])[1]], axis[k]) for k, y in x.items()}
-    return {k: y.narrow(axis[k], 0, units(k, total)) for k, y in clip.items()}
+    clip, done, total = window(given), cfg.frames, round(cfg.seconds * cfg.fps) or cfg.frames
+    while done < total:
+        new = span(window(span(clip, done - keep, done, cfg)), keep, cfg.frames, cfg)
+        clip = {k: torch.cat([y, new[k]], 1 if k == "v" else 2) for k, y in clip.items()}
+        done += cfg.frames - keep
+    return span(clip, 0, total, cfg)
 
 
 @torch.no_grad()
@@ -1264,7 +1245,7 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     sr = load(cfg.sr_ckpt, device) if cfg.sr_ckpt else None
     if sr and (not isinstance(sr, SRUNet) or sr.cfg.size != cfg.size or "v" not in cfg.streams):
         raise data.UserError(f"{cfg.sr_ckpt} does not upsample frames of {cfg.size} pixels.")
-    out = {k: [] for k in shapes(cfg)}
+    out = {k: [] for k in cfg.streams}
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         clips = range(first, min(first + batch_size, n))
         draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")) for i in clips]
@@ -1272,8 +1253,8 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         def normal(shape, draws=draws):              # drawn on the CPU: every device starts from the same noise
             return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
 
-        part = {k: x[clips.start:clips.stop].to(device) for k, x in given.items()}
-        x = generate(model, normal, torch.Generator().manual_seed(seed), part, cfg)
+        x0 = {k: x[clips.start:clips.stop].to(device) for k, x in given.items()}
+        x = generate(model, normal, torch.Generator().manual_seed(seed), x0, cfg)
         if sr and "v" not in given:                  # one noise image per clip
             pairs = zip(x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)), strict=True)
             x["v"] = torch.stack([upsample(sr, v, noise, cfg.sr_steps) for v, noise in pairs])
@@ -1283,32 +1264,22 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
             torch.cat(out["a"])[:, 0].clamp(-1, 1) if "a" in out else None)
 
 
-def released_config(state, options, path):
-    """The config of a released state dict: as `options` tell, or of the preset that, with them, has its names and
-    shapes. Raises data.UserError when there is none."""
-    has, stage = {k: getattr(p, "shape", None) for k, p in state.items()}, "sr" if "out.0.weight" in state else "base"
-    for preset in ([], *(["--preset", name] for name in PRESETS)):
-        try:
-            cfg = parse(["--stage", stage, *preset, *options])
-        except SystemExit:
-            if not preset:                           # wrong options; or else some that do not go with this preset
-                raise
-            continue
-        with torch.device("meta"):
-            if has == {k: p.shape for k, p in STAGES[stage][0](cfg).state_dict().items()}:
-                return cfg
-    raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
-
-
 def load(path, device="cpu", options=()):
-    """A model ready to sample: a checkpoint of ours (its EMA weights) or a released state dict. options, as on the
-    command line, override the config. A network of --stage sr loads, too; it is of use as sr_ckpt alone. Raises
-    data.UserError when the file is not readable or does not fit."""
+    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, which is taken for
+    the preset that has its names and shapes, if any has. options, as on the command line, override the config. An SR
+    network loads, too, for sample(). Raises data.UserError when the file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" in state:
         cfg, state = parse(options, Config(**state["cfg"])), state["ema"]
     else:
-        cfg = released_config(state, options, path)
+        has = {k: getattr(p, "shape", None) for k, p in state.items()}
+        stage = ["--stage", "sr" if "out.0.weight" in has else "base"]
+        with torch.device("meta"):
+            nets = {name: STAGES[stage[1]][0](parse([*stage, "--preset", name])) for name in PRESETS}
+        fits = [["--preset", x] for x, net in nets.items() if has == {k: p.shape for k, p in net.state_dict().items()}]
+        if not (fits or options):
+            raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
+        cfg = parse([*stage, *options, *(fits or [[]])[0]])
     model = STAGES[cfg.stage][0](cfg)
     fill(model, state, path)
     return model.to(device).eval()
