@@ -99,6 +99,7 @@ class Config:
     checkpoint: bool = False         # recompute blocks in backward: less memory, more time
     # super-resolution; its U-Net is of width, mult, res_blocks, norm_groups, heads and video_attention, too
     sr_size: int = 256               # height and width of its frames, a multiple of size
+    sr_residual: float = 0.0         # ours: not the frame is diffused but (frame - bicubic enlargement) / this; 0: off
     augment: float = 0.5             # probability of each of noise and JPEG in its input, and of mirrored frames
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
@@ -153,8 +154,8 @@ SR_PRESETS = {
     "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, norm_groups=32, heads=4,
                   video_attention=(8, 16, 32), cross_attention=(), windows=(), dropout=0.1, diffusion_steps=1000,
                   prediction="eps", steps=270000, batch_size=48, lr=1e-4, lr_end=1.0, ema=0.9999),
-    "toy": dict(sr_size=64, width=16, mult=(1, 2, 4), res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0,
-                steps=800, batch_size=8, lr=3e-3, lr_end=0.05, ema=0.99),
+    "toy": dict(sr_size=64, sr_residual=0.5, width=16, mult=(1, 2, 4), res_blocks=1, norm_groups=8, dropout=0.0,
+                video_attention=(), steps=600, batch_size=8, lr=3e-3, lr_end=0.05, ema=0.99),
 }
 
 
@@ -896,20 +897,38 @@ class Frames(torch.utils.data.Dataset):
 
 
 class SRDiffusion(Diffusion):
-    """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021)."""
+    """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021). With
+    sr_residual, what bicubic enlargement lacks is diffused, and the network predicts v: then minutes are enough."""
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.residual, self.size = cfg.sr_residual, cfg.sr_size
+
+    def origin(self, low):
+        """What is diffused is (frame - the first) / the second."""
+        return (F.interpolate(low, (self.size, self.size), mode="bicubic"), self.residual) if self.residual else (0, 1)
+
+    def estimate(self, model, x, low, t):
+        """The network's estimate of the noise in x (B, 3, H, W), and where the variance lies between its bounds."""
+        out, v = model(x, low, t).chunk(2, dim=1)
+        abar = self.abar.float().to(x.device)[t].view(-1, 1, 1, 1)
+        return abar.sqrt() * out + (1 - abar).sqrt() * x if self.residual else out, v
+
     def loss(self, model, batch):
-        """Error in the noise plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains the
-        variance alone. batch: video and low (B, F, 3, H, W), key (B,); u (B,) to set the noise levels."""
-        x0, low = batch["video"].flatten(0, 1), batch["low"].flatten(0, 1)       # (B*F, 3, H, W), (B*F, 3, h, w)
+        """Error in the noise (or v) plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains
+        the variance alone. batch: video and low (B, F, 3, H, W), key (B,); u (B,) to set the noise levels."""
+        low, (origin, scale) = batch["low"].flatten(0, 1), self.origin(batch["low"].flatten(0, 1))
+        x0 = (batch["video"].flatten(0, 1) - origin) / scale                     # (B*F, 3, H, W)
         u, eps = self.noise(batch["key"], {"v": batch["video"].shape[1:]}, x0.device)
         eps = eps["v"].flatten(0, 1)                                             # (B*F, 3, H, W)
         t = (batch.get("u", u) * self.T).long().repeat_interleave(batch["video"].shape[1])       # (B*F,)
         abar = self.abar.float().to(x0.device)[t].view(-1, 1, 1, 1)
-        out, v = model(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t).chunk(2, dim=1)
-        mse, vb = (out - eps).square().mean(), self.variational(x0, eps, out.detach(), v, t).mean()
-        return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
+        out, v = self.estimate(model, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t)
+        mse, vb = (out - eps).square(), self.variational(x0, eps, out.detach(), v, t, scale).mean()
+        if self.residual:
+            mse = mse / abar                         # |v' - v|^2 = |eps' - eps|^2 / abar
+        return mse.mean() + vb, {"mse": mse.detach().mean(), "vb": vb.detach()}
 
-    def variational(self, x0, eps, out, v, t):
+    def variational(self, x0, eps, out, v, t, scale):
         """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
         mean that the noise estimate `out` gives, and a variance between the two bounds, at v = -1 and v = 1."""
         beta, abar, before = self.betas, self.abar, torch.cat([self.abar.new_ones(1), self.abar[:-1]])
@@ -920,8 +939,8 @@ class SRDiffusion(Diffusion):
         # Both are Gaussian; here, less the mean of q, which at t = 0 is x_0. p's is off by the error in the noise.
         q = Normal(torch.zeros_like(low), (low / 2).exp(), validate_args=False)
         p = Normal(drift * (eps - out), ((low + (v + 1) / 2 * (high - low)) / 2).exp(), validate_args=False)
-        above, below = p.cdf(p.loc.new_tensor(1 / 255)), p.cdf(p.loc.new_tensor(-1 / 255))       # of 256 gray levels
-        chance = torch.where(x0 > 0.999, 1.0, above) - torch.where(x0 < -0.999, 0.0, below)
+        half = p.loc.new_tensor(1 / 255 / scale)     # of one of 256 gray levels
+        chance = torch.where(x0 > 0.999, 1.0, p.cdf(half)) - torch.where(x0 < -0.999, 0.0, p.cdf(-half))
         code = -chance.clamp(min=1e-12).log()
         return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl_divergence(q, p)) / math.log(2)
 
@@ -930,10 +949,14 @@ class SRDiffusion(Diffusion):
 def upsample(model, low, noise, steps):
     """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM. All start from the one noise image (3, H, W), so that
     what the network makes up flickers less."""
-    def eps_fn(x, t):
-        return {"v": model(x["v"], low, torch.full((len(low),), t, device=low.device))[:, :3]}
+    process = SRDiffusion(model.cfg)
+    origin, scale = process.origin(low)
 
-    return walk(ddim_step, eps_fn, {"v": noise.expand(len(low), -1, -1, -1)}, Diffusion(model.cfg), None, steps)["v"]
+    def eps_fn(x, t):
+        return {"v": process.estimate(model, x["v"], low, torch.full((len(low),), t, device=low.device))[0]}
+
+    x = walk(ddim_step, eps_fn, {"v": noise.expand(len(low), -1, -1, -1)}, process, None, steps)["v"]
+    return origin + scale * x
 
 
 def compare(model, clips, n):
