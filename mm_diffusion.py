@@ -17,31 +17,27 @@ every call, so that over the many calls of sampling each frame meets all of the 
     torchrun --nproc_per_node=4 mm_diffusion.py --data concerts     # your videos, after `python data.py prepare`
     python sample.py --model mm_diffusion                           # mp4, wav, film strips, and a page of them
     python sample.py --model mm_diffusion --video in.mp4            # sound for a video; --audio in.wav: the reverse
-    python mm_diffusion.py --stage sr                               # then a network that enlarges the frames: --sr_ckpt
+    python mm_diffusion.py --stage sr                               # a network that enlarges the frames, for --sr_ckpt
 
 Where the paper and its code disagree, or the paper is silent (-), we do as the code, or as the last column says:
 
     parameters              115.13M                   133,675,524; nothing gives the former
-    audio self-attention    deleted                   in both middle blocks
-    middle cross-attention  -                         over the whole clip, if the windows are 1,4,8
+    middle blocks           no audio self-attention   with it, and a cross-attention over all if windows are 1,4,8
     channels per head       64; SR 48                 cross-attention 64, else 4 heads; SR 4 heads
     dilations               1, 2, ... 2^10            2, 4, ... 512, 1, 2, ...
     2+1-D convolution       time, then space          space, then time; a block's second is 1x1
     step embedding          128; SR 192               128; SR 192, widened to 768
     cost of attention       S^2 H W L / F             F S H W L / F for each stream
-    lambda(t), eq. 7        -                         1
-    variance                eq. 1: I; p_theta: -      beta_t in both
+    lambda(t); variance     -; eq. 1: I, eq. 3: -     1; beta_t in both
     shift R                 0 ... F - S               same; drawn anew in backward            one draw per call
-    sampler                 2nd order, multistep,     3rd order; or adaptive, with a slip     multistep; also dpm3,
-                            adaptive (are two)        in its first-order audio step           dpm_adaptive (mended)
-    guidance, eq. 12        sum, sqrt(1 - abar_t),    mean, sqrt(abar_(t+1)), one noise,      --method gradient,
-                            new noise in each step    in fp16 times 2^20                      released (not 2^20)
+    sampler                 multistep, adaptive: two  dpm3, or dpm_adaptive with a slip       dpm: multistep; no slip
+    guidance, eq. 12        sum, new noise each step  mean, one noise, sqrt(abar), x 2^20     gradient; or released
     mirrored; SR dropout    none, SR half; 0.1        all, SR none; 0                         paper
     batch, steps            128, 10k (Table 4: 100k)  32, endless; --grad_accum parts summed  paper; averaged
 
-Ours alone: 1. Samples are a function of the seed. 2. "up" blocks work at the low resolution and copy at their end.
-3. SR learns from means of squares of pixels, as data.py makes small frames, not bicubic ones.
-4. The presets toy and small predict v instead of the noise (in short trials shapes came sooner); toy does not shift.
+Ours alone: samples are a function of the seed; "up" blocks work at the low resolution and copy at their end; SR learns
+from means of squares of pixels, as data.py makes small frames, not bicubic ones; SR's toy preset enlarges a residual.
+The presets toy and small predict v instead of the noise (in short trials shapes came sooner); toy does not shift.
 """
 import argparse
 import copy
@@ -149,13 +145,13 @@ PRESETS = {
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
 }
-# --stage sr changes these values of its preset: all as "paper" has them, then those in the preset's own row.
+# The same for --stage sr; a preset that has no row here is as "paper".
 SR_PRESETS = {
-    "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, norm_groups=32, heads=4,
-                  video_attention=(8, 16, 32), cross_attention=(), windows=(), dropout=0.1, diffusion_steps=1000,
-                  prediction="eps", steps=270000, batch_size=48, lr=1e-4, lr_end=1.0, ema=0.9999),
-    "toy": dict(sr_size=64, sr_residual=0.5, width=16, mult=(1, 2, 4), res_blocks=1, norm_groups=8, dropout=0.0,
-                video_attention=(), steps=600, batch_size=8, lr=3e-3, lr_end=0.05, ema=0.99),
+    "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), video_attention=(8, 16, 32),
+                  cross_attention=(), windows=(), steps=270000, batch_size=48),
+    "toy": dict(data="toy:bounce", size=32, sr_size=64, rate=8000, sr_residual=0.5, width=16, mult=(1, 2, 4),
+                res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0, steps=600, batch_size=8, lr=3e-3,
+                lr_end=0.05, warmup=20, clip=1.0, ema=0.99, val_every=200, save_every=100, sample_every=300),
 }
 
 
@@ -181,10 +177,8 @@ def parse(argv=None, base=None):
     given = vars(parser.parse_args(argv))
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
-    row = {**PRESETS[preset], "preset": preset}
-    if given.get("stage") == "sr":
-        row |= {**SR_PRESETS["paper"], **SR_PRESETS.get(preset, {})}
-    cfg = Config(**{**(dataclasses.asdict(base) if base else row), **given})
+    row = {**SR_PRESETS["paper"], **SR_PRESETS.get(preset, {})} if given.get("stage") == "sr" else PRESETS[preset]
+    cfg = Config(**{**(dataclasses.asdict(base) if base else {**row, "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
     name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
@@ -453,13 +447,12 @@ def ladder(cfg):
     """The entries of a U-Net's encoder and of its decoder: (channels in, channels out, downsampling factor, how). how
     is "down" for an entry that resamples, "up" for one that does so at its end, else None."""
     scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]
-    c = scales[0][1]
-    encoder, decoder, skips = [], [], [c]
+    encoder, decoder, c = [], [], scales[0][1]
     for factor, w in scales:
         encoder += [(c, w, factor, None)] + [(w, w, factor, None)] * (cfg.res_blocks - 1)
         encoder += [(w, w, factor, "down")] * (factor < scales[-1][0])
         c = w
-    skips += [o for _, o, _, _ in encoder]
+    skips = [scales[0][1], *(o for _, o, _, _ in encoder)]
     for factor, w in reversed(scales):
         for i in range(cfg.res_blocks + 1):
             decoder.append((c + skips.pop(), w, factor, "up" if i == cfg.res_blocks and factor > 1 else None))
@@ -596,10 +589,10 @@ class SRUNet(nn.Module):
 
     def forward(self, x, low, t):
         """Noisy frames x (B, 3, H, W), low (B, 3, h, w) of any size, steps t (B,) -> (B, 6, H, W) float32."""
-        low = F.interpolate(low, x.shape[-2:], mode="bilinear")
+        x = torch.cat([x, F.interpolate(low, x.shape[-2:], mode="bilinear")], 1)             # (B, 6, H, W)
         emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, 4*width)
         stem, *entries = self.input_blocks
-        skips = [stem[0](torch.cat([x, low], 1))]                                # (B, C, H, W)
+        skips = [stem[0](x)]                                                     # (B, C, H, W)
         for entry in entries:
             skips.append(self.run(entry, skips[-1], emb))
         h = self.run(self.middle_block, skips[-1], emb)
@@ -630,9 +623,8 @@ class Diffusion:
     """Eq. 1-7: the schedule that video and audio share, the training loss, the network as a noise estimate."""
     names = {"v": "video", "a": "audio"}
     def __init__(self, cfg):
-        self.T, self.streams, self.seed = cfg.diffusion_steps, cfg.streams, cfg.seed
-        shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
-        self.shapes = {k: shapes[k] for k in cfg.streams}                        # of one window
+        self.cfg, self.T, self.streams, self.seed = cfg, cfg.diffusion_steps, cfg.streams, cfg.seed
+        self.shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
         self.predicts_v, self.shift = cfg.prediction == "v", cfg.noise_shift
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
         self.abar = torch.cumprod(1 - self.betas, 0)     # abar_t = alpha_1 ... alpha_t (below eq. 10)
@@ -686,36 +678,27 @@ class Diffusion:
         return eps
 
 
-def estimate_x0(x, eps, abar):
-    """x_0 from a noise estimate, clamped to [-1, 1]."""
-    return {k: y.clamp(-1, 1) for k, y in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
-
-
-def ddpm_step(x, eps, abar, before, noise_like):
+def ddpm_step(x, x0, abar, before, noise_like):
     """One step of ancestral sampling, eq. 3-6, with variance beta_t: from the noise level abar to `before` it."""
-    x0, beta = estimate_x0(x, eps, abar), 1 - abar / before
+    beta = 1 - abar / before
     x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
     return {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()} if before < 1 else x
 
 
-def ddim_step(x, eps, abar, before, noise_like):
-    """One step of DDIM with eta = 0."""
-    x0 = estimate_x0(x, eps, abar)
-    eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))        # what the clamped x_0 implies
+def ddim_step(x, x0, abar, before, noise_like):
+    """One step of DDIM with eta = 0, along the noise that the clamped x_0 implies."""
+    eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))
     return mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
 
 
 def walk(step, eps_fn, x, process, noise_like, steps, given=None, method="replace", guidance=0.0):
-    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise.
-
-    Zero-shot conditioning (section 3.4): given {stream: values} is how the clip begins, or all of a stream. Both
-    streams are denoised, and before each step that part is replaced by a sample of q(x_t | x_0). Unless method is
-    "replace", guide() then moves the rest to where the network's own account of that part comes out right."""
+    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise. given
+    {stream: values}, how the clip begins or all of a stream, is its zero-shot condition (section 3.4): before each step
+    a sample of q(x_t | x_0) replaces that part and after it guide() moves the rest, if the method is not "replace"."""
     given, guided = given or {}, bool(given) and method != "replace"
-    fixed = {k: part(x[k], y) for k, y in given.items()} if method == "released" else None
 
-    def at(abar):
-        noise = fixed or {k: noise_like(y) for k, y in given.items()}
+    def at(abar, start=x):
+        noise = {k: part(start[k], y) if method == "released" else noise_like(y) for k, y in given.items()}
         return mix((abar ** 0.5, given), ((1 - abar) ** 0.5, noise))
 
     times = [i * process.T // steps for i in range(steps)]
@@ -724,20 +707,19 @@ def walk(step, eps_fn, x, process, noise_like, steps, given=None, method="replac
         abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
         x = {k: y.requires_grad_(guided) for k, y in put(goal, x).items()}
         with torch.set_grad_enabled(guided):
-            y, goal = step(x, eps_fn(x, times[i]), abar, before, noise_like), at(before)         # eq. 11
+            x0 = mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps_fn(x, times[i])))
+            x0 = {k: y.clamp(-1, 1) for k, y in x0.items()}
+            y, goal = step(x, x0, abar, before, noise_like), at(before)          # eq. 11
             x = guide(x, y, goal, abar, before, method, guidance) if guided else y
     return x
 
 
 def guide(x, y, goal, abar, before, method, guidance):
-    """Eq. 12: after the step from x to y, move y so that its given part would have come closer to the `goal` for it.
-    As v_t does not depend on a_t, the gradient is by the a_(t+1) in x. method "released": means for the sum, and
-    sqrt(abar) at the step's start for sqrt(1 - abar) at its end."""
-    errors = [(part(y[k], c) - c).square() for k, c in goal.items()]
-    if method == "released":
-        scale, error = abar ** 0.5 * (before < 1), sum(e.sum() / e[0].numel() for e in errors)
-    else:
-        scale, error = (1 - before) ** 0.5, sum(e.sum() for e in errors)
+    """Eq. 12: after the step from x to y, move y so that its given part would have come closer to its `goal`. v_t does
+    not depend on a_t, so the gradient is by a_(t+1), in x. The released code has means, and sqrt(abar) at the start."""
+    errors, means = [(part(y[k], c) - c).square() for k, c in goal.items()], method == "released"
+    error = sum(e.sum() / (e[0].numel() if means else 1) for e in errors)
+    scale = abar ** 0.5 * (before < 1) if means else (1 - before) ** 0.5
     grads = torch.autograd.grad(error, list(x.values()))
     return {k: y[k].detach() - guidance * scale * g for k, g in zip(x, grads, strict=True)}
 
@@ -872,9 +854,8 @@ SAMPLERS = {
 # ---- Super-resolution: data, loss, sampling
 
 class Frames(torch.utils.data.Dataset):
-    """Clips at sr_size, each with "low": float32 (F, 3, size, size), about -1 ... 1, what the network is to upsample.
-    That is the mean of each square of pixels, as data.py makes small frames. With probability `augment` each, low gets
-    Gaussian noise and JPEG's traces, and the clip is mirrored (Table A.1), as drawn from (seed, number of the clip)."""
+    """Clips at sr_size with "low", what is to be enlarged: float32 (F, 3, size, size), means of squares of pixels. With
+    probability `augment` each, low gets Gaussian noise and JPEG's traces and the clip is mirrored (Table A.1)."""
     def __init__(self, clips, cfg, augment):
         self.clips, self.seed, self.size, self.augment = clips, cfg.seed, cfg.size, augment
 
@@ -887,46 +868,39 @@ class Frames(torch.utils.data.Dataset):
         video = np.ascontiguousarray(clip["video"][:, :, ::-1]) if mirror else clip["video"]     # (F, H, W, 3)
         zoom = video.shape[1] // self.size
         low = video.reshape(len(video), self.size, zoom, self.size, zoom, 3).mean((2, 4))        # (F, h, w, 3)
-        if noise:
-            low = low + draw.uniform(0, 20) * draw.standard_normal(low.shape)
+        low = low + noise * draw.uniform(0, 20) * draw.standard_normal(low.shape)
         if jpeg:
             quality, low = int(draw.uniform(20, 80)), low.round().clip(0, 255).astype(np.uint8)
-            files = [imageio.imwrite(imageio.RETURN_BYTES, frame, format="jpg", quality=quality) for frame in low]
-            low = np.stack([imageio.imread(file, format="jpg") for file in files])
+            low = np.stack([imageio.imread(imageio.imwrite("<bytes>", x, "jpg", quality=quality), "jpg") for x in low])
         return {**clip, "video": video, "low": np.float32(low).transpose(0, 3, 1, 2) / 127.5 - 1}
 
 
 class SRDiffusion(Diffusion):
     """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021). With
     sr_residual, what bicubic enlargement lacks is diffused, and the network predicts v: then minutes are enough."""
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.residual, self.size = cfg.sr_residual, cfg.sr_size
-
     def origin(self, low):
         """What is diffused is (frame - the first) / the second."""
-        return (F.interpolate(low, (self.size, self.size), mode="bicubic"), self.residual) if self.residual else (0, 1)
+        size, scale = (self.cfg.sr_size, self.cfg.sr_size), self.cfg.sr_residual
+        return (F.interpolate(low, size, mode="bicubic"), scale) if scale else (0, 1)
 
     def estimate(self, model, x, low, t):
-        """The network's estimate of the noise in x (B, 3, H, W), and where the variance lies between its bounds."""
-        out, v = model(x, low, t).chunk(2, dim=1)
-        abar = self.abar.float().to(x.device)[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * out + (1 - abar).sqrt() * x if self.residual else out, v
+        """The network's noise estimate for x (B, 3, H, W), and where the variance lies between its bounds."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))                   # (B,)
+        abar, (out, v) = self.abar.float().to(x.device)[t].view(-1, 1, 1, 1), model(x, low, t).chunk(2, dim=1)
+        return abar.sqrt() * out + (1 - abar).sqrt() * x if self.cfg.sr_residual else out, v
 
     def loss(self, model, batch):
         """Error in the noise (or v) plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains
-        the variance alone. batch: video and low (B, F, 3, H, W), key (B,); u (B,) to set the noise levels."""
-        low, (origin, scale) = batch["low"].flatten(0, 1), self.origin(batch["low"].flatten(0, 1))
-        x0 = (batch["video"].flatten(0, 1) - origin) / scale                     # (B*F, 3, H, W)
-        u, eps = self.noise(batch["key"], {"v": batch["video"].shape[1:]}, x0.device)
-        eps = eps["v"].flatten(0, 1)                                             # (B*F, 3, H, W)
-        t = (batch.get("u", u) * self.T).long().repeat_interleave(batch["video"].shape[1])       # (B*F,)
+        the variance alone. batch: video and low (B, F, 3, H, W), of which the first frame counts; key and u (B,)."""
+        low, (origin, scale) = batch["low"][:, 0], self.origin(batch["low"][:, 0])               # (B, 3, h, w)
+        x0 = (batch["video"][:, 0] - origin) / scale                             # (B, 3, H, W)
+        u, eps = self.noise(batch["key"], {"v": x0.shape[1:]}, x0.device)
+        t, eps = (batch.get("u", u) * self.T).long(), eps["v"]
         abar = self.abar.float().to(x0.device)[t].view(-1, 1, 1, 1)
         out, v = self.estimate(model, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t)
-        mse, vb = (out - eps).square(), self.variational(x0, eps, out.detach(), v, t, scale).mean()
-        if self.residual:
-            mse = mse / abar                         # |v' - v|^2 = |eps' - eps|^2 / abar
-        return mse.mean() + vb, {"mse": mse.detach().mean(), "vb": vb.detach()}
+        mse = ((out - eps).square() / (abar if self.cfg.sr_residual else 1)).mean()          # |v' - v|^2, or eps
+        vb = self.variational(x0, eps, out.detach(), v, t, scale).mean()
+        return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
     def variational(self, x0, eps, out, v, t, scale):
         """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
@@ -947,24 +921,19 @@ class SRDiffusion(Diffusion):
 
 @torch.no_grad()
 def upsample(model, low, noise, steps):
-    """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM. All start from the one noise image (3, H, W), so that
-    what the network makes up flickers less."""
-    process = SRDiffusion(model.cfg)
+    """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM, all from one noise image (3, H, W), against flicker."""
+    process, x = SRDiffusion(model.cfg), {"v": noise.expand(len(low), -1, -1, -1)}
+    x = walk(ddim_step, lambda x, t: {"v": process.estimate(model, x["v"], low, t)[0]}, x, process, None, steps)
     origin, scale = process.origin(low)
-
-    def eps_fn(x, t):
-        return {"v": process.estimate(model, x["v"], low, torch.full((len(low),), t, device=low.device))[0]}
-
-    x = walk(ddim_step, eps_fn, {"v": noise.expand(len(low), -1, -1, -1)}, process, None, steps)["v"]
-    return origin + scale * x
+    return origin + scale * x["v"]
 
 
 def compare(model, clips, n):
-    """Upsample one frame of each of n clips of a Frames -> a clip (1, n, H, 3*W, 3) uint8 that shows them next to
-    bicubic upsampling and the truth; and the mean PSNR of both in dB."""
-    batch, device = data.val_batches(clips, n, n)[0], next(model.parameters()).device
-    low, true = batch["low"][:, 0].to(device), data.to_device(batch, device)["video"][:, 0]      # (n, 3, H, W)
-    noise = torch.randn(true.shape[1:], generator=torch.Generator().manual_seed(model.cfg.seed)).to(device)
+    """Enlarge a frame of each of n clips of a Frames -> a clip (1, n, H, 3*W, 3) uint8 that shows it between bicubic
+    enlargement and the truth, and the mean PSNR of both in dB."""
+    batch = data.to_device(data.val_batches(clips, n, n)[0], next(model.parameters()).device)
+    low, true = batch["low"][:, 0], batch["video"][:, 0]                         # (n, 3, h, w), (n, 3, H, W)
+    noise = torch.randn(true.shape[1:], generator=torch.Generator().manual_seed(model.cfg.seed)).to(true.device)
     ours = torch.cat([upsample(model, x, noise, model.cfg.sr_steps) for x in low.split(8)]).clamp(-1, 1)
     cubic = F.interpolate(low, true.shape[-2:], mode="bicubic").clamp(-1, 1)
     psnr = [float(-10 * ((x - true) / 2).square().flatten(1).mean(1).log10().mean()) for x in (ours, cubic)]
@@ -976,7 +945,7 @@ STAGES = {"base": (CoupledUNet, Diffusion), "sr": (SRUNet, SRDiffusion)}
 
 def open_clips(cfg, split):
     """The clips that cfg.stage trains on (split train) or is measured on (val)."""
-    size = cfg.sr_size if cfg.stage == "sr" else cfg.size
+    size = {"base": cfg.size, "sr": cfg.sr_size}[cfg.stage]
     clips = data.open_dataset(cfg.data, split, cfg.frames, size, cfg.fps, cfg.rate, cfg.seed)
     return Frames(clips, cfg, cfg.augment * (split == "train")) if cfg.stage == "sr" else clips
 
@@ -1202,61 +1171,51 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
 # ---- Sampling and the command line
 
-def span(x, first, last, cfg):
-    """Frames first ... last - 1 of clips {stream: values} and their sound."""
-    a, b = first * cfg.rate // cfg.fps, last * cfg.rate // cfg.fps
-    return {k: y[:, first:last] if k == "v" else y[:, :, a:b] for k, y in x.items()}
-
-
 def condition(cfg, n, video, audio):
     """What sample() was given -> {} or {stream: n clips of one window, float in [-1, 1]}."""
     if video is None and audio is None:
         return {}
     if cfg.streams != "av" or cfg.seconds or (video is not None and audio is not None):
-        raise data.UserError("Give a video or a sound, not both, to a model of both streams, and without --seconds: "
-                             "one window is generated for it.")
-    k, x = ("a", torch.as_tensor(audio)[..., None, :]) if video is None else \
-        ("v", torch.as_tensor(video).movedim(-1, -3) / 127.5 - 1)
-    shape = Diffusion(cfg).shapes[k]
-    if x.shape[-len(shape):] != shape:
-        raise data.UserError(f"The given {Diffusion.names[k]} must be one window: {shape}, not {tuple(x.shape)}.")
-    return {k: x.float().expand(n, *shape)}
+        raise data.UserError("Give a video or a sound, not both, to a model of both streams, without --seconds.")
+    x = {"v": torch.as_tensor(video).movedim(-1, -3) / 127.5 - 1} if audio is None else \
+        {"a": torch.as_tensor(audio).unsqueeze(-2)}                              # ([n,] F, 3, H, W) or ([n,] 1, L)
+    return {k: y.float().expand(n, *Diffusion(cfg).shapes[k]) for k, y in x.items()}
 
 
 def generate(model, normal, draw, given, cfg):
-    """A batch of clips {stream: values}, from the noise that normal(shape) draws and shifts of the generator `draw`.
-
-    given {stream: values} is kept. A clip longer than a window is made window by window: the last half of what there
-    is is given to the next window as its beginning, in both streams, and what that adds is appended. At a seam the clip
-    goes on as well as cfg.method makes it; a window knows of nothing older than its first half."""
-    process, keep = Diffusion(cfg), cfg.frames // 2
+    """A batch of clips {stream: values}, from the noise that normal(shape) draws and shifts of the generator `draw`. A
+    clip longer than a window is made window by window: the last half of what there is is given to the next one as its
+    beginning, in both streams, and what that adds is appended. At such a seam the clip goes on as well as cfg.method
+    makes it, knowing of half a window and of nothing older."""
+    process, keep, total = Diffusion(cfg), cfg.frames // 2, round(cfg.seconds * cfg.fps) or cfg.frames
     eps_fn = process.denoiser(model, draw)
 
-    def window(x0):
-        x = {k: normal(shape) for k, shape in process.shapes.items()}
-        args = eps_fn, x, process, lambda like: normal(like.shape[1:]), cfg.sample_steps
-        if not x0:
-            return SAMPLERS[cfg.sampler](*args)
-        sampler = SAMPLERS["ddpm" if cfg.sampler == "ddpm" else "ddim"]
-        return put(x0, sampler(*args, x0, cfg.method, cfg.guidance))
+    def window(x0):                                  # x0, continued
+        x = {k: normal(process.shapes[k]) for k in cfg.streams}
+        sampler = SAMPLERS[cfg.sampler if not x0 or cfg.sampler == "ddpm" else "ddim"]
+        more = (x0, cfg.method, cfg.guidance) if x0 else ()
+        return put(x0, sampler(eps_fn, x, process, lambda y: normal(y.shape[1:]), cfg.sample_steps, *more))
 
-    clip, done, total = window(given), cfg.frames, round(cfg.seconds * cfg.fps) or cfg.frames
-    while done < total:
-        new = span(window(span(clip, done - keep, done, cfg)), keep, cfg.frames, cfg)
+    def span(x, first, last):                        # these frames and their sound
+        a, b = first * cfg.rate // cfg.fps, last * cfg.rate // cfg.fps
+        return {k: y[:, first:last] if k == "v" else y[:, :, a:b] for k, y in x.items()}
+
+    clip = window(given)
+    for done in range(cfg.frames, total, cfg.frames - keep):
+        new = span(window(span(clip, done - keep, done)), keep, cfg.frames)
         clip = {k: torch.cat([y, new[k]], 1 if k == "v" else 2) for k, y in clip.items()}
-        done += cfg.frames - keep
-    return span(clip, 0, total, cfg)
+    return span(clip, 0, total)
 
 
 @torch.no_grad()
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
            guidance=None, seed=0, sampler=None, method=None, seconds=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks. Given one window of video ([n,] F, H, W, 3) uint8 or of audio ([n,] L), generate the other and
-    give it back as it is. What is left out is as in the model's config, and so are sr_ckpt and sr_steps. Clip i depends
-    on (seed, i), not on n or batch_size, but for dpm_adaptive. Raises data.UserError for what the model cannot do."""
+    the model lacks. Given one window of video ([n,] F, H, W, 3) uint8 or of audio ([n,] L), generate the other and give
+    it back as it is. Other options are those of Config, by default model.cfg's. Clip i depends on (seed, i), not on n
+    or batch_size, but for dpm_adaptive. Raises data.UserError for what the model cannot do."""
     if isinstance(model, SRUNet):
-        raise data.UserError("This network only upsamples: give it as --sr_ckpt, beside a --ckpt that makes frames.")
+        raise data.UserError("This network enlarges frames: give it as --sr_ckpt, and a --ckpt that makes them.")
     for name in ("prompt", "negative_prompt", "label"):
         if locals()[name] is not None:
             raise data.UserError(f"MM-Diffusion knows no words or classes: it takes no {name}.")
@@ -1267,7 +1226,7 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         raise data.UserError("Guidance is for a given video or sound, with --method gradient or released.")
     sr = load(cfg.sr_ckpt, device) if cfg.sr_ckpt else None
     if sr and (not isinstance(sr, SRUNet) or sr.cfg.size != cfg.size or "v" not in cfg.streams):
-        raise data.UserError(f"{cfg.sr_ckpt} does not upsample frames of {cfg.size} pixels.")
+        raise data.UserError(f"{cfg.sr_ckpt} does not enlarge frames of {cfg.size} pixels.")
     out = {k: [] for k in cfg.streams}
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         clips = range(first, min(first + batch_size, n))
@@ -1288,9 +1247,9 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
 
 
 def load(path, device="cpu", options=()):
-    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, which is taken for
-    the preset that has its names and shapes, if any has. options, as on the command line, override the config. An SR
-    network loads, too, for sample(). Raises data.UserError when the file is not readable or does not fit."""
+    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, taken for the preset
+    that has its names and shapes. options, as on the command line, override the config. Raises data.UserError when the
+    file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" in state:
         cfg, state = parse(options, Config(**state["cfg"])), state["ema"]
@@ -1310,35 +1269,31 @@ def load(path, device="cpu", options=()):
 
 def main(argv=None):
     cfg = parse(argv)
-    lead, upsamples = int(os.environ.get("RANK", 0)) == 0, cfg.stage == "sr"
+    lead, (net, process) = int(os.environ.get("RANK", 0)) == 0, STAGES[cfg.stage]
     try:
         device = setup(cfg)
         train, val = open_clips(cfg, "train"), open_clips(cfg, "val")
         torch.manual_seed(cfg.seed)
-        net, process = STAGES[cfg.stage]
         model = net(cfg)
         if cfg.init_from:
-            state = read_checkpoint(cfg.init_from)
-            state = state.get("ema", state)
-            state.pop("label_emb.weight", None)      # ADM's own upsampler, which the paper's starts from, has classes
+            state = read_checkpoint(cfg.init_from)   # ADM's own upsampler, which the paper's starts from, has classes
+            state = {k: x for k, x in state.get("ema", state).items() if k != "label_emb.weight"}
             fill(model, state, cfg.init_from)
         model = model.to(device)
         if lead:
             size = sum(p.numel() for p in model.parameters())
             print(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
-
-        def draw(ema):
-            return (compare(ema, val, cfg.samples)[0], None) if upsamples else sample(ema, cfg.samples, seed=cfg.seed)
-
-        ema = fit(model, process(cfg).loss, cfg, train, val, draw)
-        if lead and upsamples:
+        samples = {"base": lambda ema: sample(ema, cfg.samples, seed=cfg.seed),
+                   "sr": lambda ema: (compare(ema, val, cfg.samples)[0], None)}
+        ema = fit(model, process(cfg).loss, cfg, train, val, samples[cfg.stage])
+        if lead and cfg.stage == "sr":
             _, ours, cubic = compare(ema, val, cfg.val_clips)
             print(f"PSNR of {min(cfg.val_clips, len(val))} validation frames: {ours:.2f} dB, bicubic {cubic:.2f} dB")
     except data.UserError as error:
         die(f"mm_diffusion.py: {error}")
     if lead:
-        more = "--sr_ckpt" if upsamples else "--ckpt"
-        print(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion {more} {cfg.out}/ckpt.pt")
+        more = f"python sample.py --model mm_diffusion --{'sr_' * (cfg.stage == 'sr')}ckpt {cfg.out}/ckpt.pt"
+        print(f"Samples are in {cfg.out}/samples; more: {more}")
 
 
 if __name__ == "__main__":
