@@ -1191,7 +1191,7 @@ def generate(model, normal, draw, given, cfg):
     eps_fn = process.denoiser(model, draw)
 
     def window(x0):                                  # x0, continued
-        x = {k: normal(process.shapes[k]) for k in cfg.streams}
+        x = {k: normal(shape) for k, shape in process.shapes.items() if k in cfg.streams}
         sampler = SAMPLERS[cfg.sampler if not x0 or cfg.sampler == "ddpm" else "ddim"]
         more = (x0, cfg.method, cfg.guidance) if x0 else ()
         return put(x0, sampler(eps_fn, x, process, lambda y: normal(y.shape[1:]), cfg.sample_steps, *more))

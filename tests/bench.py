@@ -1,7 +1,8 @@
 """Time a model file: python tests/bench.py mm_diffusion [--threads 1] [--repeat 3] [options of the model file]
 
-Prints seconds per forward, training step and sampled clip (with --stage sr, enlarged frame, in DDIM steps), clips per second, peak memory, GFLOP/s and their share of
-the matmul rate measured on this machine in the same run, and the loader's time per batch. Nothing is asserted.
+Prints seconds per forward, training step and sampled clip (with --stage sr: enlarged frame), clips per second, peak
+memory, GFLOP/s and their share of the matmul rate measured on this machine in the same run, and the loader's time per
+batch. Nothing is asserted.
 """
 import argparse
 import importlib
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+
 
 def mm_diffusion(module, cfg):
     """-> network, loss function, data set, and a function that samples n clips (--stage sr: enlarges n frames)."""
