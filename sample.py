@@ -114,7 +114,8 @@ def nearest(video, audio, cfg, train, val, most):
     queries = {k: torch.cat([x, held_out[k]]) for k, x in features(video, audio, cfg, frames).items()}  # (n + 64, ...)
     for first in range(0, count, 100):
         for k, x in of(train, first, min(first + 100, count)).items():
-            distance.setdefault(k, []).append(torch.cdist(queries[k], x) / x.shape[1] ** 0.5)    # root mean square
+            apart = torch.cdist(queries[k], x, compute_mode="donot_use_mm_for_euclid_dist")      # exact near 0
+            distance.setdefault(k, []).append(apart / x.shape[1] ** 0.5)
     for k, parts in distance.items():
         least, where = torch.cat(parts, 1).min(1)
         near = "; ".join(f"{i:03d} to clip {where[i]}, {least[i]:.1f}" for i in range(n))

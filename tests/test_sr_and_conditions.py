@@ -3,10 +3,11 @@ import math
 import re
 from pathlib import Path
 
+import imageio.v2 as imageio
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mm_diffusion import TINY, batch_of, net_of, noisy, same, tiny, weights
+from test_mm_diffusion import TINY, batch_of, net_of, same, tiny, weights
 
 import data
 import mm_diffusion as mm
@@ -48,7 +49,7 @@ def test_low_frames_are_means_degraded_as_the_clip_number_tells():
     assert clean["low"].shape == (1, 3, 16, 16) and clean["low"].dtype.name == "float32"
     assert abs((clean["low"][0].transpose(1, 2, 0) + 1) * 127.5 - mean).max() < 1e-3
     assert 0.002 < abs(one["low"][0] - clean["low"][0, :, :, ::-1]).mean() < 0.4          # noise and JPEG
-    assert (val[3]["low"].reshape(3, -1).mean(1) - val[3]["video"].reshape(-1, 3).mean(0) / 127.5 + 1 < 1e-4).all()
+    assert abs(val[3]["low"].reshape(3, -1).mean(1) - val[3]["video"].reshape(-1, 3).mean(0) / 127.5 + 1).max() < 1e-4
     mirrored = [(mm.open_clips(tiny_sr(), "train")[i]["video"] != plain[i]["video"]).any() for i in range(40)]
     assert 8 < sum(mirrored) < 32                                              # p = 0.5
 
@@ -186,7 +187,6 @@ def test_released_files_from_end_to_end(tmp_path, monkeypatch):
         sample.main([*args, *TINY, "--size", "32", *sr_ckpt, "--out", out])
         video, _ = data.load_clip(f"{out}/000.mp4", 4, size, 10, 4000)
         assert video.shape == (4, size, size, 3)
-    import imageio.v2 as imageio
     assert imageio.get_reader("clips64/000.mp4").get_meta_data()["size"] == (64, 64)
     for wrong, says in (("nowhere.pt", "no checkpoint nowhere.pt"), ("ema_0.9999_100000.pt", "fits no preset")):
         with pytest.raises(SystemExit, match=says):
@@ -201,9 +201,9 @@ def test_released_files_from_end_to_end(tmp_path, monkeypatch):
 
 # ---- conditioning
 
-def given_clip(cfg, n=None):
-    clips = data.open_dataset("toy:bounce", "val", cfg.frames, cfg.size, cfg.fps, cfg.rate)
-    return [torch.as_tensor(clips[i][k]) for i in (0,) for k in ("video", "audio")]
+def given_clip(cfg):
+    clip = data.open_dataset("toy:bounce", "val", cfg.frames, cfg.size, cfg.fps, cfg.rate)[0]
+    return torch.as_tensor(clip["video"]), torch.as_tensor(clip["audio"])
 
 
 @pytest.mark.parametrize("method", ["replace", "gradient", "released"])
@@ -395,4 +395,3 @@ def test_both_losses_are_nearly_the_same_in_low_precision(dtype, tolerance):
             with torch.autocast("cpu", dtype):
                 half, _ = process.loss(net, batch)
         assert half.dtype == torch.float32 and abs(half - full) < tolerance * full
-    assert noisy(cfg)[0].dtype == torch.float32
