@@ -219,7 +219,7 @@ def make_batch(dataset, seed, batch_size, numbers):
     """The clips `numbers`: tensors video (b, F, H, W, 3) uint8, audio (b, L) float32, label (b,) and key (b,)
     int64, which is clip_key(seed, number); caption, a list of str; and step, an int."""
     clips = [dataset[i] for i in numbers]
-    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio")}
+    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio", "low") if k in clips[0]}
     out |= {"label": torch.tensor([c["label"] for c in clips]), "caption": [c["caption"] for c in clips]}
     return out | {"key": torch.tensor([clip_key(seed, i) for i in numbers]), "step": numbers[0] // batch_size}
 

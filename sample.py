@@ -3,9 +3,12 @@
     python sample.py --model mm_diffusion                       # the newest run of that model, 4 clips
     python sample.py --model mm_diffusion --ckpt F --n 16 --seed 1 --sampler ddim --steps 50
     python sample.py --model mm_diffusion --n 2048 --npz        # also clips.npz, for metrics.py: no compression
+    python sample.py --model mm_diffusion --video in.mp4 --method gradient --guidance 0.1     # sound for a video
+    python sample.py --model mm_diffusion --nearest toy         # how close are the samples to what was trained on?
 
 It knows nothing of any model: --model X imports X.py, which has load(path, device, options) and sample(model, n, ...).
-Options that are not listed below (--sampler, say) go to the model's own config: python X.py --help lists those.
+Options that are not listed below (--sampler, --seconds, --sr_ckpt) go to the model's own config: python X.py --help
+lists those.
 """
 import argparse
 import html
@@ -51,6 +54,8 @@ def options(argv=None):
     parser.add_argument("--audio", metavar="FILE", help="generate a video for this sound")
     parser.add_argument("--npz", action="store_true", help="also write clips.npz: all clips as they were generated")
     parser.add_argument("--start", type=float, default=0.0, help="second of --video or --audio to begin at [0]")
+    parser.add_argument("--nearest", metavar="DATA", help="find each sample's nearest training clip in this data set")
+    parser.add_argument("--search", type=int, default=2000, help="among so many training clips at most [2000]")
     return parser.parse_known_args(argv)
 
 
@@ -62,7 +67,7 @@ def find(args):
     module = importlib.import_module(args.model)
     if not (hasattr(module, "load") and hasattr(module, "sample")):
         raise data.UserError(f"{args.model}.py is not a model file: it has no load() and sample().")
-    runs = sorted(Path("out", args.model).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    runs = sorted(Path("out", args.model).glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)    # not of other stages
     if not (args.ckpt or runs):
         raise data.UserError(f"There is no trained model in out/{args.model}/: train one first with "
                              f"`python {args.model}.py`, or give --ckpt.")
@@ -78,7 +83,48 @@ def conditions(args, cfg):
             if clip[which] is None:
                 raise data.UserError(f"{path} has no {k}.")
             given[k] = clip[which]
+            print(f"{k}: {cfg.frames / cfg.fps:g} s of {path}, from {args.start:g} s on.")
     return {k: x for k, x in given.items() if x is not None}
+
+
+def features(video, audio, cfg, frames):
+    """What clips are compared by, {stream: (n, features)}: the gray levels of the first `frames` frames, and the
+    levels in dB, above -60, of 64 bands in four short spectra per frame."""
+    out, length = {}, frames * cfg.rate // cfg.fps // (4 * frames)
+    if video is not None:
+        v = torch.as_tensor(video)[:, :frames].float().permute(0, 1, 4, 2, 3)                    # (n, F, 3, H, W)
+        v = torch.nn.functional.interpolate(v.flatten(0, 1), (cfg.size, cfg.size), mode="area")  # after --sr_ckpt
+        out["video"] = v.reshape(len(video), -1)
+    if audio is not None:
+        a = torch.as_tensor(audio).float()[:, :4 * frames * length].unflatten(1, (4 * frames, length))
+        power = (torch.fft.rfft(a * torch.hann_window(length)).abs() * 4 / length).square()      # (n, 4*F, bands)
+        power = torch.nn.functional.adaptive_avg_pool1d(power, min(64, power.shape[-1]))
+        out["audio"] = (10 * torch.log10(power + 1e-6)).flatten(1)
+    return out
+
+
+def nearest(video, audio, cfg, train, val, most):
+    """Print the training clip nearest to each sample, by stream, and how near validation clips come to theirs: a
+    sample that is much nearer is a copy. Searched are the first clips that the run saw, at most `most`."""
+    count, n = min(most, cfg.steps * cfg.batch_size), len(audio if video is None else video)
+    frames = min(cfg.frames, audio.shape[1] * cfg.fps // cfg.rate if video is None else video.shape[1])
+
+    def of(dataset, first, last):
+        clips = [dataset[i] for i in range(first, last)]
+        both = (None if x is None else np.stack([c[k] for c in clips]) for k, x in (("video", video), ("audio", audio)))
+        return features(*both, cfg, frames)
+
+    held_out, distance = of(val, 0, min(64, len(val))), {}
+    queries = {k: torch.cat([x, held_out[k]]) for k, x in features(video, audio, cfg, frames).items()}  # (n + 64, ...)
+    for first in range(0, count, 100):
+        for k, x in of(train, first, min(first + 100, count)).items():
+            apart = torch.cdist(queries[k], x, compute_mode="donot_use_mm_for_euclid_dist")      # exact near 0
+            distance.setdefault(k, []).append(apart / x.shape[1] ** 0.5)
+    for k, parts in distance.items():
+        least, where = torch.cat(parts, 1).min(1)
+        near = "; ".join(f"{i:03d} to clip {where[i]}, {least[i]:.1f}" for i in range(n))
+        print(f"{k}, {'gray levels' if k == 'video' else 'dB'} (RMS) to the nearest of {count} training clips: {near}; "
+              f"{len(least) - n} validation clips: median {least[n:].median():.1f}, least {least[n:].min():.1f}")
 
 
 def write(out, video, audio, cfg, title, about):
@@ -221,15 +267,20 @@ def main(argv=None):
         out = Path(args.out) if args.out else next(p for p in folders if not p.exists())
         if out.exists() and any(out.iterdir()):
             raise data.UserError(f"{out} is not empty: choose another --out.")
-        given, clock = conditions(args, model.cfg), time.time()
+        cfg = model.cfg
+        sets = [data.open_dataset(args.nearest, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
+                for split in ("train", "val") if args.nearest]
+        given, clock = conditions(args, cfg), time.time()
         video, audio = module.sample(model, args.n, seed=args.seed, **given)
         seconds = time.time() - clock
         out.mkdir(parents=True, exist_ok=True)
-        said = ", ".join(f"{k} {getattr(args, k)}" for k in given)
-        about = f"{path}, seed {args.seed}{', ' + said if said else ''}: {args.n} clips in {seconds:.1f} s"
+        said = "".join(f", {k} {getattr(args, k)}" for k in given) + ("," + "".join(f" {x}" for x in rest)) * bool(rest)
+        about = f"{path}, seed {args.seed}{said}: {args.n} clips in {seconds:.1f} s"
         if args.npz:
-            write_npz(out / "clips.npz", video, audio, model.cfg, label=args.label, caption=args.prompt)
-        write(out, video, audio, model.cfg, f"{inspect.getdoc(module).splitlines()[0]}", about)
+            write_npz(out / "clips.npz", video, audio, cfg, label=args.label, caption=args.prompt)
+        write(out, video, audio, cfg, f"{inspect.getdoc(module).splitlines()[0]}", about)
+        if sets:
+            nearest(video, audio, cfg, *sets, args.search)
     except data.UserError as error:
         sys.exit(f"sample.py: {error}")
     print(f"{args.n} clips in {seconds:.1f} s: open {out}/index.html")

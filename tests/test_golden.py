@@ -117,14 +117,39 @@ def test_unet_grad(path):
         assert error <= 1e-4 * p.grad.abs().sum().item() + 1e-6, name
 
 
+@files("sr_unet")
+def test_sr_unet(path):
+    d = load(path)
+    c = d["config"]
+    net = from_recipe(mm.SRUNet(mm.Config(width=c["model_channels"], mult=tuple(c["channel_mult"]), dropout=0.0,
+                                          res_blocks=c["num_res_blocks"], heads=c["num_heads"],
+                                          video_attention=tuple(c["attention_resolutions"]))), d["seed"])
+    if "shapes" in d:
+        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
+    if "state_dict" in d:
+        assert list(d["state_dict"]) == list(net.state_dict())
+        net.load_state_dict(d["state_dict"])
+    assert sum(p.numel() for p in net.parameters()) == d["n_params"]
+    out = net(d["x"], d["low_res"], d["timesteps"])
+    close(out, d["out"])
+    loss = (out ** 2).mean()
+    assert loss.item() == pytest.approx(d["loss"], rel=1e-4)
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad.norm().item() == pytest.approx(d["grad_norm"][name], rel=1e-4, abs=1e-6), name
+
+
 def test_paper_names_and_shapes():
-    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())["mm_diffusion"]
+    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())
     with torch.device("meta"):
         net = mm.CoupledUNet(mm.parse(["--preset", "paper"]))
         wide = mm.CoupledUNet(mm.parse(["--preset", "audioset"]))
-    assert list(keys.items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
+        sr = mm.SRUNet(mm.parse(["--preset", "paper", "--stage", "sr"]))
+    assert list(keys["mm_diffusion"].items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
+    assert list(keys["sr"].items()) == [(k, list(p.shape)) for k, p in sr.state_dict().items()]
     assert sum(p.numel() for p in net.parameters()) == 133_675_524
     assert sum(p.numel() for p in wide.parameters()) == 534_017_028
+    assert sum(p.numel() for p in sr.parameters()) == 311_027_910
 
 
 def analytic_eps(d):
@@ -190,6 +215,12 @@ def recipe_noise(name, shape):
     return torch.from_numpy(z.astype(np.float32))
 
 
+def step_noise():
+    """The normal draws of a golden run, in order."""
+    calls = iter(range(10**6))
+    return lambda v: recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
+
+
 def coupled_eps(x, t):
     """The analytic network of the samplers' golden file: both modalities enter both outputs."""
     v, a = x["v"], x["a"]
@@ -209,15 +240,31 @@ def test_ddpm_and_ddim(path):
     process = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"])))
     close(process.betas, torch.tensor(d["betas_T50"], dtype=torch.float64), 1e-12)
     close(process.abar, torch.tensor(d["alphas_cumprod_T50"], dtype=torch.float64), 1e-12)
-    calls = iter(range(10**6))
-
-    def noise_like(v):
-        return recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
-
-    for name, sampler, steps, p in (("ddpm", mm.ddpm, None, process), ("ddim50", mm.ddim, 50, process),
-                                    ("ddim25_of_1000", mm.ddim, 25, mm.Diffusion(mm.Config()))):
-        out = sampler(coupled_eps, x, p, noise_like, steps)
+    for name, sampler, steps, p in (("ddpm", "ddpm", None, process), ("ddim50", "ddim", 50, process),
+                                    ("ddim25_of_1000", "ddim", 25, mm.Diffusion(mm.Config()))):
+        out = mm.SAMPLERS[sampler](coupled_eps, x, p, step_noise(), steps)
         close(out["v"], d["cases"][name]["video"]), close(out["a"], d["cases"][name]["audio"])
+
+
+@files("samplers_zero_shot")
+def test_zero_shot_as_released(path):
+    """The released code's conditional sampling. Its guidance is of the mean over the batch, ours over each clip."""
+    d = load(path)
+    x = {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
+    process, seen = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"]))), set()
+    for case in d["cases"].values():
+        if "condition" not in case:
+            continue
+        name, k = case["condition"], case["condition"][0]
+        guidance = case["class_scale"] * (2 ** 20 if case["use_fp16"] else 1) / len(x[k])
+        given = {k: d["cond"][name]}
+        out = mm.SAMPLERS["ddpm"](coupled_eps, x, process, step_noise(), None, given, "released", guidance)
+        if guidance:                             # it hands back the condition as that went into the last step
+            abar = process.abar[0].float()
+            out[k] = abar.sqrt() * given[k] + (1 - abar).sqrt() * x[k]
+        close(out["v"], case["video"]), close(out["a"], case["audio"])
+        seen.add((name, guidance > 0))
+    assert len(seen) == 4                        # both directions, replacement and guidance
 
 
 @files("mm_unet", without=("shift", "recipe.", "noss", "tiny."))
