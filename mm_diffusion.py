@@ -96,7 +96,7 @@ class Config:
     checkpoint: bool = False         # recompute blocks in backward: less memory, more time
     # super-resolution; its U-Net is of width, mult, res_blocks, norm_groups, heads and video_attention, too
     sr_size: int = 256               # height and width of its frames, a multiple of size
-    sr_residual: float = 0.0         # ours: not the frame is diffused but (frame - bicubic enlargement) / this; 0: off
+    sr_residual: float = 0.0         # ours: diffuse the frame less its bicubic enlargement; its deviation; 0: off
     augment: float = 0.5             # probability of each of noise and JPEG in its input, and of mirrored frames
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
@@ -143,8 +143,8 @@ PRESETS = {
     "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, cross_head_dim=16,
                 video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 16), random_shift=False, dropout=0.0,
                 prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
-                noise_levels=(1.2, 1.6), steps=620, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
-                clip=1.0, ema=0.99, val_every=200, val_clips=16, save_every=100, sample_every=310),
+                noise_levels=(1.2, 1.6), steps=580, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
+                clip=1.0, ema=0.99, val_every=290, val_clips=16, save_every=145, sample_every=290),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="edm", data_mean=(-0.6, 0.0), data_std=(0.41, 0.18),
                   skip_std=(0.1, 0.18), noise_levels=(1.2, 1.6), steps=10000, batch_size=16, optimizer="muon", lr=4e-3,
                   lr_end=0.05, warmup=200, clip=1.0, ema=0.999),
@@ -156,9 +156,10 @@ PRESETS = {
 SR_PRESETS = {
     "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), video_attention=(8, 16, 32),
                   cross_attention=(), windows=(), steps=270000, batch_size=48),
-    "toy": dict(data="toy:bounce", size=32, sr_size=64, rate=8000, sr_residual=0.5, width=16, mult=(1, 2, 4),
-                res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0, steps=600, batch_size=8, lr=3e-3,
-                lr_end=0.05, warmup=20, clip=1.0, ema=0.99, val_every=200, save_every=100, sample_every=300),
+    "toy": dict(data="toy:bounce", size=32, sr_size=64, rate=8000, sr_residual=0.035, width=16, mult=(1, 2, 4),
+                res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0, steps=500, batch_size=8,
+                optimizer="muon", lr=6e-3, lr_end=0.05, warmup=20, clip=1.0, ema=0.99, val_every=250, save_every=100,
+                sample_every=250),
 }
 
 
@@ -906,32 +907,36 @@ class Frames(torch.utils.data.Dataset):
 
 class SRDiffusion(Diffusion):
     """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021). With
-    sr_residual, what bicubic enlargement lacks is diffused, and the network predicts v: then minutes are enough."""
+    sr_residual, what bicubic enlargement lacks is diffused, and estimated as with "edm": then minutes are enough."""
     def origin(self, low):
-        """What is diffused is (frame - the first) / the second."""
-        size, scale = (self.cfg.sr_size, self.cfg.sr_size), self.cfg.sr_residual
-        return (F.interpolate(low, size, mode="bicubic"), scale) if scale else (0, 1)
+        """What is diffused is the frame less this."""
+        size = (self.cfg.sr_size, self.cfg.sr_size)
+        return F.interpolate(low, size, mode="bicubic") if self.cfg.sr_residual else 0
 
-    def estimate(self, model, x, low, t):
+    def predict(self, model, x, low, t):
         """The network's noise estimate for x (B, 3, H, W), and where the variance lies between its bounds."""
         t = torch.as_tensor(t, device=x.device).expand(len(x))                   # (B,)
         abar, (out, v) = self.abar.float().to(x.device)[t].view(-1, 1, 1, 1), model(x, low, t).chunk(2, dim=1)
-        return abar.sqrt() * out + (1 - abar).sqrt() * x if self.cfg.sr_residual else out, v
+        if self.cfg.sr_residual:
+            skip, gain = self.scales(self.cfg.sr_residual, abar)
+            out = (x - skip * x - abar.sqrt() * gain * out) / (1 - abar).sqrt()
+        return out, v
 
     def loss(self, model, batch):
-        """Error in the noise (or v) plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains
-        the variance alone. batch: video and low (B, F, 3, H, W), of which the first frame counts; key and u (B,)."""
-        low, (origin, scale) = batch["low"][:, 0], self.origin(batch["low"][:, 0])               # (B, 3, h, w)
-        x0 = (batch["video"][:, 0] - origin) / scale                             # (B, 3, H, W)
+        """Error in the noise plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains the
+        variance alone. batch: video and low (B, F, 3, H, W), of which the first frame counts; key and u (B,)."""
+        low = batch["low"][:, 0]                                                 # (B, 3, h, w)
+        x0 = batch["video"][:, 0] - self.origin(low)                             # (B, 3, H, W)
         u, eps = self.noise(batch["key"], {"v": x0.shape[1:]}, x0.device)
         t, eps = (batch.get("u", u) * self.T).long(), eps["v"]
         abar = self.abar.float().to(x0.device)[t].view(-1, 1, 1, 1)
-        out, v = self.estimate(model, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t)
-        mse = ((out - eps).square() / (abar if self.cfg.sr_residual else 1)).mean()          # |v' - v|^2, or eps
-        vb = self.variational(x0, eps, out.detach(), v, t, scale).mean()
+        out, v = self.predict(model, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t)
+        weight = 1 + (1 / abar - 1) / self.cfg.sr_residual ** 2 if self.cfg.sr_residual else 1   # error of x_0 / gain
+        mse = ((out - eps).square() * weight).mean()
+        vb = self.variational(x0, eps, out.detach(), v, t).mean()
         return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
-    def variational(self, x0, eps, out, v, t, scale):
+    def variational(self, x0, eps, out, v, t):
         """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
         mean that the noise estimate `out` gives, and a variance between the two bounds, at v = -1 and v = 1."""
         beta, abar, before = self.betas, self.abar, torch.cat([self.abar.new_ones(1), self.abar[:-1]])
@@ -942,7 +947,7 @@ class SRDiffusion(Diffusion):
         # Both are Gaussian; here, less the mean of q, which at t = 0 is x_0. p's is off by the error in the noise.
         q = Normal(torch.zeros_like(low), (low / 2).exp(), validate_args=False)
         p = Normal(drift * (eps - out), ((low + (v + 1) / 2 * (high - low)) / 2).exp(), validate_args=False)
-        half = p.loc.new_tensor(1 / 255 / scale)     # of one of 256 gray levels
+        half = p.loc.new_tensor(1 / 255)             # of one of 256 gray levels
         chance = torch.where(x0 > 0.999, 1.0, p.cdf(half)) - torch.where(x0 < -0.999, 0.0, p.cdf(-half))
         code = -chance.clamp(min=1e-12).log()
         return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl_divergence(q, p)) / math.log(2)
@@ -952,9 +957,8 @@ class SRDiffusion(Diffusion):
 def upsample(model, low, noise, steps):
     """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM, all from one noise image (3, H, W), against flicker."""
     process, x = SRDiffusion(model.cfg), {"v": noise.expand(len(low), -1, -1, -1)}
-    x = walk(ddim_step, lambda x, t: {"v": process.estimate(model, x["v"], low, t)[0]}, x, process, None, steps)
-    origin, scale = process.origin(low)
-    return origin + scale * x["v"]
+    x = walk(ddim_step, lambda x, t: {"v": process.predict(model, x["v"], low, t)[0]}, x, process, None, steps)
+    return process.origin(low) + x["v"]
 
 
 def compare(model, clips, n):

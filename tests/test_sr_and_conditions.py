@@ -84,7 +84,7 @@ def test_the_variational_term_is_that_of_adm_and_trains_the_variance_alone():
     x0[:, :, 0], x0[:, :, 1] = 1, -1             # the outermost gray levels
     eps, v = torch.randn(x0.shape, generator=g), 0.5 * torch.randn(x0.shape, generator=g)
     out, t = eps + 0.1 * torch.randn(x0.shape, generator=g), torch.tensor([0, 0, 1, 10, 500, 999])
-    ours = process.variational(x0, eps, out, v, t, 1).mean((1, 2, 3))
+    ours = process.variational(x0, eps, out, v, t).mean((1, 2, 3))
     assert torch.allclose(ours.double(), adm_variational(process, x0, eps, out, v, t), rtol=1e-3)    # its cdf: a tanh
     assert torch.allclose(ours[2:].double(), adm_variational(process, x0, eps, out, v, t)[2:], rtol=1e-4)
     cfg = tiny_sr("--sr_residual", "0", "--augment", "0")
@@ -105,22 +105,25 @@ def test_the_variational_term_is_that_of_adm_and_trains_the_variance_alone():
     assert grads[0][3:].abs().max() > 1e-6
 
 
-def test_the_residual_is_diffused_around_the_bicubic_frame_and_v_predicted():
-    cfg = tiny_sr("--sr_residual", "0.5", "--augment", "0")
+def test_the_residual_is_diffused_around_the_bicubic_frame():
+    cfg = tiny_sr("--sr_residual", "0.05", "--augment", "0")
     process, batch = mm.SRDiffusion(cfg), sr_batch(cfg)
     low, x0 = batch["low"][:, 0], batch["video"][:, 0]
-    y0 = (x0 - F.interpolate(low, (32, 32), mode="bicubic")) / 0.5
+    bicubic = F.interpolate(low, (32, 32), mode="bicubic")
 
-    def oracle(x, low, t):                       # knows the frame, and so v
-        abar = process.abar.float()[t].view(-1, 1, 1, 1)
-        eps = (x - abar.sqrt() * y0) / (1 - abar).sqrt()
-        return torch.cat([abar.sqrt() * eps - (1 - abar).sqrt() * y0, torch.zeros_like(x)], 1)
+    def oracle(x, low, t):                       # knows the frame: what c_skip leaves of it, over c_out
+        noise = 1 / process.abar.float()[t].view(-1, 1, 1, 1) - 1
+        var, y = 0.05 ** 2, x * (1 + noise).sqrt()
+        out = (x0 - bicubic - var / (var + noise) * y) / (var * noise / (var + noise)).sqrt()
+        return torch.cat([out, torch.zeros_like(x)], 1)
 
-    loss, parts = process.loss(oracle, {**batch, "u": torch.tensor([0.1, 0.4, 0.7, 0.99])})
-    assert parts["mse"].item() < 1e-6
+    u = torch.tensor([0.1, 0.4, 0.7, 0.99])
+    assert process.loss(oracle, {**batch, "u": u})[1]["mse"].item() < 1e-3
+    silent = process.loss(lambda x, low, t: torch.zeros(len(x), 6, *x.shape[2:]), {**batch, "u": u})[1]["mse"].item()
+    assert 0.01 < silent < 10                    # of the order of 1 at all noise levels
     oracle.cfg = cfg
     frames = mm.upsample(oracle, low, torch.randn(3, 32, 32), 5)
-    assert (frames - x0).abs().max() < 0.5 * max(0, y0.abs().max().item() - 1) + 1e-3     # but for the clamp
+    assert (frames - x0).abs().max() < 1e-3 + max(0, (x0 - bicubic).abs().max().item() - 1)     # but for the clamp
 
 
 # ---- super-resolution: network, training, use
