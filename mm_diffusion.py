@@ -13,7 +13,7 @@ every call, so that over the many calls of sampling each frame meets all of the 
         | H, W / 2                         | L / 4    ... and again, down to the lowest scale, then back up with skips
     predicted noise (B, F, 3, H, W)    predicted noise (B, 1, L)
 
-    python mm_diffusion.py                                          # toy: 9-10 minutes on 2 cores, loss 0.38 -> 0.06
+    python mm_diffusion.py                                          # toy: 9 minutes on 2 cores, loss 0.38 -> 0.06
     torchrun --nproc_per_node=4 mm_diffusion.py --data concerts     # your videos, after `python data.py prepare`
     python sample.py --model mm_diffusion                           # mp4, wav, film strips, and a page of them
     python sample.py --model mm_diffusion --video in.mp4            # sound for a video; --audio in.wav: the reverse
