@@ -24,7 +24,22 @@ straight paths from noise to data that bounce off the walls of the cube [-1, 1],
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
     python sample.py --model proav_dit --video my.mp4               # sound for a video; --audio: video for a sound
 
-DIFFERS
+Differs from the paper, on purpose: 1. A mel image keeps its M x K cells; stretched to H x W, a linear patch would see
+each number several times. Audio has patches of its own shape instead, so that the grids agree. 2. MDSA starts from the
+best linear code of some clips, every residual branch at zero, and its output is not squashed. 3. LPIPS, which has to
+be downloaded, is replaced by perceptual(). 4. Autoencoder and discriminators step together (PVDM: in turn). 5. Text is
+read by a small encoder learned here (--text FOLDER: a T5), and captions vary in training, so that short prompts work.
+6. Sound for a video and the reverse, by leading the given planes along their straight path, is ours. 7. Stage dit does
+not start from an autoencoder that trivial codes beat. 8. toy has other sizes and learns with --optimizer muon.
+
+The paper is silent or contradicts itself on the following. 1. STDiT of 702 M: only 16 pairs of blocks, width 1152,
+come near, with 697.5 M (16 blocks in all: 357 M; MDSA, 141.1 M, apart). 2. Patches of 4 do not make 32 x 32 latents of
+256 x 256 pixels; 8 do. 3. "8192" numbers are of one modality. 4. Eq. 11's KL between pixels is about 1e-3, times 6e-6:
+nothing, and yet Table 5 misses it. Ours is of the latents, to N(0, 1), summed (--kl pixel: to the letter). 5.
+Attention between planes works at width d, before the projection to C channels; eq. 5 gets a residual. 6. Mel hop,
+window and range, block sizes, guidance, EMA, step counts and the weights inside L_perc and L_fm are ours or PVDM's. 7.
+"Linear noise schedule" is read as the straight path. 8. Planes of unequal size are padded, and the padding masked. 9.
+The projection's own token is read; PVDM's code adds one but reads its neighbor.
 """
 import argparse
 import copy
@@ -318,30 +333,34 @@ def attend(q, k, v, heads):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, N, C)
 
 
-def rotate(x, angles):
-    """Rotary position: turn the channel pairs (2i, 2i + 1) of each head of x (B, N, heads, d) by angles (N, d)."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return x * angles.cos()[:, None] + turned * angles.sin()[:, None]
+def rotate(x, turn):
+    """Rotary position: turn the channel pairs (2i, 2i + 1) of each head of x (B, N, heads, d); turn (2, N, 1, d)."""
+    return x * turn[0] + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * turn[1]
+
+
+def turning(angles):
+    """Angles (N, d) -> what rotate() needs: (2, N, 1, d), cosines and sines with the signs of a rotation."""
+    signs = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[-1] // 2)
+    return torch.stack([angles.cos(), angles.sin() * signs])[:, :, None]
 
 
 @functools.lru_cache
-def line_angles(n, dim, device=None, pvdm=False):
-    """Angles (n, dim) of positions 0 ... n - 1 at the frequencies 10000^(-2i / dim). PVDM's code gives the two channels
-    of a pair different ones, which is no rotation: kept for the comparison with it alone."""
-    freqs = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
-    angles = torch.arange(n, device=device)[:, None] * freqs                     # (n, dim / 2)
-    return torch.cat([angles, angles], -1) if pvdm else angles.repeat_interleave(2, -1)
+def line(n, dim, device=None, pvdm=False):
+    """Turns of positions 0 ... n - 1 at the frequencies 10000^(-2i / dim). PVDM's code gives the two channels of a pair
+    different ones, which is no rotation: kept for the comparison with it alone."""
+    angles = torch.arange(n, device=device)[:, None] * 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
+    return turning(torch.cat([angles, angles], -1) if pvdm else angles.repeat_interleave(2, -1))
 
 
 @functools.lru_cache
-def grid_angles(shape, dim, device=None):
-    """Angles (N, dim) of the N places of a grid: each axis has its share of the channel pairs and runs from -1 to 1,
-    times pi, times scales from 1 to 5."""
+def grid(shape, dim, device=None):
+    """Turns of the N places of a grid: each axis has its share of the channel pairs and runs from -pi to pi, times
+    scales from 1 to 5."""
     count = dim // 2 // len(shape)
     scales = math.pi * torch.logspace(0, math.log2(5), count, base=2, device=device)
     axes = torch.meshgrid(*[torch.linspace(-1, 1, n, device=device) for n in shape], indexing="ij")
     angles = torch.stack([x.flatten()[:, None] * scales for x in axes], 1)       # (N, axes, count)
-    return F.pad(angles.flatten(1).repeat_interleave(2, -1), (0, dim - 2 * count * len(shape)))
+    return turning(F.pad(angles.flatten(1).repeat_interleave(2, -1), (0, dim - 2 * count * len(shape))))
 
 
 class Attention(nn.Module):
@@ -352,13 +371,14 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(width, 3 * heads * head_dim, bias=False)
         self.to_out = zeroed(nn.Linear(heads * head_dim, width))
 
-    def forward(self, x, c=None, angles=None):
-        inner = self.to_out.in_features
-        wq, wk, wv = self.to_qkv.weight.split(inner)
-        c = x if c is None else c
-        q, k, v = F.linear(x, wq), F.linear(c, wk), F.linear(c, wv)
-        if angles is not None:
-            q, k = (rotate(y.unflatten(-1, (self.heads, -1)), angles).flatten(2) for y in (q, k))
+    def forward(self, x, turn=None, c=None):
+        if c is None:
+            q, k, v = self.to_qkv(x).chunk(3, dim=-1)                            # (B, N, heads * head_dim) each
+        else:
+            wq, wk, wv = self.to_qkv.weight.chunk(3)
+            q, k, v = F.linear(x, wq), F.linear(c, wk), F.linear(c, wv)
+        if turn is not None:
+            q, k = (rotate(y.unflatten(-1, (self.heads, -1)), turn).flatten(2) for y in (q, k))
         return self.to_out(attend(q, k, v, self.heads))
 
 
@@ -369,13 +389,13 @@ class GEGLU(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """fn(LayerNorm(x), ...): a branch to be added to x; it starts as nothing, for fn's last layer starts at zero."""
+    """fn(LayerNorm(x), ...), to be added to x: fn ends in a layer of zeros, so that the branch starts as nothing."""
     def __init__(self, width, fn):
         super().__init__()
         self.norm, self.fn = nn.LayerNorm(width), fn
 
-    def forward(self, x, **options):
-        return self.fn(self.norm(x), **options)
+    def forward(self, x, *more):
+        return self.fn(self.norm(x), *more)
 
 
 class TimeSformer(nn.Module):
@@ -393,13 +413,13 @@ class TimeSformer(nn.Module):
 
     def forward(self, x):
         B, T, L = x.shape[:3]
-        time = line_angles(T, self.head_dim, x.device, self.pvdm)
-        space = grid_angles((L, L), self.head_dim, x.device)
+        time = line(T, self.head_dim, x.device, self.pvdm)
+        space = grid((L, L), self.head_dim, x.device)
         x = x.flatten(2, 3)                                                      # (B, F, N, D), N = L * L
         for over_time, over_space, mlp in self.layers:
-            y = over_time(x.transpose(1, 2).flatten(0, 1), angles=time)          # (B*N, F, D)
+            y = over_time(x.transpose(1, 2).flatten(0, 1), time)                 # (B*N, F, D)
             x = x + y.unflatten(0, (B, -1)).transpose(1, 2)
-            x = x + over_space(x.flatten(0, 1), angles=space).view_as(x)         # (B*F, N, D)
+            x = x + over_space(x.flatten(0, 1), space).view_as(x)                # (B*F, N, D)
             x = x + mlp(x)
         return x.unflatten(2, (L, L))
 
@@ -441,7 +461,7 @@ class MTSelfAttention(nn.Module):
         x, out = z.transpose(1, 2).flatten(0, 1).mT, 0                           # (B*S, D, F)
         for k, attention, up in zip(self.scales, self.attention, self.up, strict=True):
             y = F.avg_pool1d(x, k).mT                                            # (B*S, F/k, D)
-            out = out + up(attention(y, angles=line_angles(y.shape[1], self.head_dim, y.device)).mT)
+            out = out + up(attention(y, line(y.shape[1], self.head_dim, y.device)).mT)
         return z + out.mT.unflatten(0, (len(z), -1)).transpose(1, 2)
 
 
@@ -452,9 +472,9 @@ class CrossPair(nn.Module):
         self.v_norm, self.a_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.v_from_a, self.a_from_v = (Attention(width, heads, width // heads) for _ in range(2))
 
-    def forward(self, v, a, angles):
+    def forward(self, v, a, turn):
         hv, ha = self.v_norm(v), self.a_norm(a)
-        return v + self.v_from_a(hv, ha, angles), a + self.a_from_v(ha, hv, angles)
+        return v + self.v_from_a(hv, turn, ha), a + self.a_from_v(ha, turn, hv)
 
 
 class Stream(nn.Module):
@@ -499,9 +519,8 @@ class Stream(nn.Module):
     def attend_within(self, planes):
         """Spatial self-attention of hw; attention over time of tw and th (eq. 4, 5)."""
         hw, out = planes["hw"], dict(planes)
-        angles = grid_angles(hw.shape[1:3], self.within["hw"].fn.to_out.in_features // self.within["hw"].fn.heads,
-                             hw.device)
-        out["hw"] = hw + self.within["hw"](hw.flatten(1, 2), angles=angles).view_as(hw)
+        turn = grid(hw.shape[1:3], hw.shape[3] // self.within["hw"].fn.heads, hw.device)
+        out["hw"] = hw + self.within["hw"](hw.flatten(1, 2), turn).view_as(hw)
         return out | {k: self.within[k](planes[k]) for k in ("tw", "th") if k in self.within}
 
     def expand(self, z):
@@ -530,16 +549,16 @@ class MDSA(nn.Module):
         planes = {k: self.streams[k].attend_within(self.streams[k].planes(x[k])) for k in x}
         for k, pair in self.gcm.items() if len(x) == 2 else ():
             v, a = planes["v"][k], planes["a"][k]
-            angles = grid_angles(v.shape[1:3], v.shape[-1] // self.cfg.proj_heads, v.device)
-            out = pair(v.flatten(1, 2), a.flatten(1, 2), angles)
+            turn = grid(v.shape[1:3], v.shape[3] // self.cfg.proj_heads, v.device)
+            out = pair(v.flatten(1, 2), a.flatten(1, 2), turn)
             planes["v"][k], planes["a"][k] = (y.view_as(v) for y in out)
         return {m: {k: self.streams[m].pre[k](y).chunk(2, -1) for k, y in p.items()} for m, p in planes.items()}
 
     def decode(self, z):
         Z = {m: self.streams[m].expand(planes) for m, planes in z.items()}       # (B, F, L, L, D)
         if self.biblock is not None and len(Z) == 2:
-            angles = grid_angles(self.cfg.blocks, self.cfg.width // self.cfg.proj_heads, Z["v"].device)
-            out = self.biblock(*(self.cut(Z[m]) for m in "va"), angles)
+            turn = grid(self.cfg.blocks, self.cfg.width // self.cfg.proj_heads, Z["v"].device)
+            out = self.biblock(*(self.cut(Z[m]) for m in "va"), turn)
             Z = {m: self.cut(y, Z[m].shape) for m, y in zip("va", out, strict=True)}
         return {m: self.streams[m].render(Y) for m, Y in Z.items()}
 
@@ -569,6 +588,8 @@ def start_closed_form(mdsa, x):
     """Set the linear layers of a fresh MDSA, whose residual branches are all zero, to the best linear code of the clips
     x: principal directions of patches, then of patches averaged along each axis, and least squares back. Trained from
     random weights for minutes instead, small autoencoders ended below a constant color."""
+    mdsa.double()                                    # so that two runs start from the same bits
+    x = {m: y.double() for m, y in x.items()}
     for m, stream in mdsa.streams.items():
         p = stream.patches(x[m]).flatten(0, 3)                                   # (n, P)
         mean = p.mean(0)
@@ -593,11 +614,12 @@ def start_closed_form(mdsa, x):
             stream.pre[k].bias[:len(rows)] = rows @ (stream.to_pixel.bias - y.mean(0))
             z[k] = torch.tanh(stream.pre[k](plane)[..., :C]).unsqueeze(axis).expand(*u.shape[:4], -1)
         Z = torch.cat([*z.values(), torch.ones_like(u[..., :1])], -1).flatten(0, 3)              # (n, 3 C + 1)
-        fit = torch.linalg.lstsq(Z.T @ Z + 1e-4 * len(Z) * torch.eye(Z.shape[1], device=Z.device),
+        fit = torch.linalg.lstsq(Z.T @ Z + 1e-4 * len(Z) * torch.eye(Z.shape[1], dtype=Z.dtype),
                                  Z.T @ u.flatten(0, 3)).solution                 # (3 C + 1, D)
         for i, k in enumerate(PLANES):
             stream.post[k].weight.copy_(fit[i * C:(i + 1) * C].T)
             stream.post[k].bias.copy_(fit[-1] / 3)
+    mdsa.float()
 
 
 # ---- The losses of MDSA (eq. 10-12)
@@ -691,19 +713,18 @@ class Autoencoding(nn.Module):
 # ---- The generator: STDiT of Open-Sora 1.2 (section 3.2) over the planes as frames; a block has that code's names.
 
 class SelfAttention(nn.Module):
-    """(N, n, D) -> (N, n, D), queries and keys normed per head, then turned by `angles`; mask (N, 1, 1, n): the keys
-    to be seen."""
+    """(N, n, D) -> (N, n, D); queries and keys are normed per head, then turned. mask (N, 1, 1, n): keys that count."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads, d = heads, width // heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
 
-    def forward(self, x, angles=None, mask=None):
+    def forward(self, x, turn=None, mask=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)       # (N, n, heads, d) each
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                         # (N, heads, n, d)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -747,12 +768,12 @@ class STDiT3Block(nn.Module):
         """x (B, T, S, D); y (B, M, D) with y_mask (B, M); t6 (B, 1 or T, 6 * D); valid (T, S): tokens that exist."""
         table = self.scale_shift_table + t6.unflatten(-1, (6, -1))               # (B, 1 or T, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table[:, :, :, None].unbind(2)    # (B, 1 or T, 1, D) each
-        h, angles = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1, None
+        h, turn = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1, None
         if self.temporal:
-            h, angles = h.transpose(1, 2), line_angles(x.shape[1], self.head_dim, x.device)      # (B, S, T, D)
+            h, turn = h.transpose(1, 2), line(x.shape[1], self.head_dim, x.device)               # (B, S, T, D)
             valid = None if valid is None else valid.T
         mask = None if valid is None else valid.repeat(len(x), 1)[:, None, None]
-        h = self.attn(h.flatten(0, 1), angles, mask).view(h.shape)
+        h = self.attn(h.flatten(0, 1), turn, mask).view(h.shape)
         x = x + gate1 * (h.transpose(1, 2) if self.temporal else h)
         x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view(x.shape)
         return x + gate2 * self.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
@@ -1295,16 +1316,17 @@ def autoencoder(cfg, train, val, device):
     """Stage one -> the trained MDSA (EMA weights)."""
     cfg = stage_of(cfg, "mdsa")
     torch.manual_seed(cfg.seed)
-    model = Autoencoding(cfg).to(device)
+    model = Autoencoding(cfg)
     if finished(cfg):
         say(f"Stage mdsa is finished: {cfg.out}/ckpt.pt")
-        fill(model, read_checkpoint(Path(cfg.out) / "ckpt.pt", device)["ema"], cfg.out)
+        fill(model, read_checkpoint(Path(cfg.out) / "ckpt.pt")["ema"], cfg.out)
         return model.mdsa
     if cfg.init_from and cfg.stage == "mdsa":
         fill(model, read_checkpoint(cfg.init_from)["ema"], cfg.init_from)
     else:
-        first = data.to_device(data.make_batch(train, cfg.seed, 1, range(cfg.start_clips)), device)
+        first = data.to_device(data.make_batch(train, cfg.seed, 1, range(cfg.start_clips)), "cpu")
         start_closed_form(model.mdsa, model.streams(first["video"], first["audio"]))
+    model = model.to(device)
     say(f"Stage mdsa: {count(model.mdsa):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
     shown = data.to_device(next(iter(data.val_batches(val, cfg.samples, cfg.samples))), device)
 
