@@ -46,7 +46,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -108,12 +107,10 @@ class Config:
     adv: bool = True                 # discriminators of images and clips, and feature matching
     disc_width: int = 64             # their channels
     disc_start: int = 150000         # step from which the discriminators and the KL term act (eq. 12)
-    start_clips: int = 64            # training clips for the closed-form start
     need_good: bool = True           # do not go on to stage dit with an autoencoder that trivial codes beat
     mdsa_steps: int = 200000         # optimizer steps of stage mdsa
     mdsa_batch_size: int = 32        # clips per step
     mdsa_lr: float = 1e-4            # learning rate
-    mdsa_betas: tuple = (0.5, 0.9)   # of Adam
     # STDiT and its text (section 3.2)
     dit_width: int = 1152            # features of a token
     dit_depth: int = 16              # pairs of a spatial and a temporal block
@@ -154,7 +151,7 @@ class Config:
 PRESETS = {
     "toy": dict(size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4, width=64, depth=1,
                 decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128, blocks=(4, 4, 4),
-                disc_width=16, disc_start=400, mdsa_steps=500, mdsa_batch_size=4, mdsa_lr=3e-3, mdsa_betas=(0.9, 0.99),
+                adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4, mdsa_lr=1e-2,
                 dit_width=128, dit_depth=3, dit_heads=4, text_width=64, text_tokens=20, guidance=3.0,
                 cache_latents=2048, steps=800, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05, warmup=20,
                 ema=0.99, val_every=200, val_clips=32, save_every=100, sample_every=400),
@@ -288,24 +285,22 @@ class Mel(nn.Module):
             new = self.stft(wave(phase))
             phase, before = new - 0.99 / 1.99 * before, new
             phase = phase / (phase.abs() + 1e-12)
-        return self.refined(wave(phase), A) if cfg.refine else wave(phase)
+        x = wave(phase)
+        return torch.cat(list(map(self.refined, x.split(1), A.split(1)))) if cfg.refine else x
 
     @torch.enable_grad()
     def refined(self, x, A):
-        """Fit each waveform itself to its mel images by L-BFGS."""
-        out = []
-        for wave, target in zip(x, A, strict=True):
-            wave = wave.clone().requires_grad_()
-            lbfgs = torch.optim.LBFGS([wave], max_iter=self.cfg.refine, line_search_fn="strong_wolfe")
+        """Fit a waveform (1, L) itself to its mel images by L-BFGS."""
+        x = x.clone().requires_grad_()
+        lbfgs = torch.optim.LBFGS([x], max_iter=self.cfg.refine, line_search_fn="strong_wolfe")
 
-            def error(wave=wave, target=target, lbfgs=lbfgs):
-                lbfgs.zero_grad()
-                loss = (self(wave[None, None])[0] - target).square().mean() * 1e3
-                loss.backward()
-                return loss
-            lbfgs.step(error)
-            out.append(wave.detach())
-        return torch.stack(out)
+        def error():
+            lbfgs.zero_grad()
+            loss = 1e3 * (self(x[:, None]) - A).square().mean()
+            loss.backward()
+            return loss
+        lbfgs.step(error)
+        return x.detach()
 
 
 def psnr(x, y):
@@ -1297,7 +1292,7 @@ def stage_of(cfg, stage):
     rest = {"out": f"{cfg.out}/{stage}"}
     if stage == "mdsa":
         rest |= {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text"))}
-        rest |= {k: getattr(cfg, f"mdsa_{k}") for k in ("steps", "batch_size", "lr", "betas")}
+        rest |= {k: getattr(cfg, f"mdsa_{k}") for k in ("steps", "batch_size", "lr")}
     return dataclasses.replace(cfg, **rest)
 
 
@@ -1324,7 +1319,7 @@ def autoencoder(cfg, train, val, device):
     if cfg.init_from and cfg.stage == "mdsa":
         fill(model, read_checkpoint(cfg.init_from)["ema"], cfg.init_from)
     else:
-        first = data.to_device(data.make_batch(train, cfg.seed, 1, range(cfg.start_clips)), "cpu")
+        first = data.to_device(data.make_batch(train, cfg.seed, 1, range(64)), "cpu")
         start_closed_form(model.mdsa, model.streams(first["video"], first["audio"]))
     model = model.to(device)
     say(f"Stage mdsa: {count(model.mdsa):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
@@ -1347,74 +1342,58 @@ def count(module):
 
 
 @torch.no_grad()
-def examine(model, batches, device):
-    """PSNR of MDSA's reconstructions on validation clips beside codes that anyone can write down: the mean color or
-    spectrum of a clip, and block means (no more of them than MDSA has numbers), interpolated. -> {stream: [dB, ...]}"""
-    cfg, side = model.cfg, model.cfg.size // model.cfg.patch
-    budget, rows = (side * side + 2 * cfg.frames * side) * cfg.plane_channels, {m: [] for m in cfg.streams}
-    for batch in batches:
+def examine(model, val, device):
+    """Print the PSNR of MDSA on validation clips beside that of codes that anyone can write down: mean color or
+    spectrum, and block means (no more of them than MDSA has numbers), interpolated -> {stream: [MDSA, mean, blocks]}.
+    Raises data.UserError where MDSA does not beat them."""
+    cfg, side, table = model.cfg, model.cfg.size // model.cfg.patch, {m: [] for m in model.cfg.streams}
+    budget = (side * side + 2 * cfg.frames * side) * cfg.plane_channels
+    for batch in data.val_batches(val, cfg.val_clips, 16):
         batch = data.to_device(batch, device)
         x = model.streams(batch["video"], batch["audio"])
         out = model.mdsa(x)[0]
         for m, y in x.items():
-            y, patch = y.transpose(1, 2), model.mdsa.streams[m].patch            # (B, C, F, H, W)
-            over = next((k for k in (1, 2, 4, 8) if cfg.frames // k * side ** 2 * y.shape[1] <= budget), 16)
-            pooled = F.interpolate(F.avg_pool3d(y, (min(over, cfg.frames), *patch)), y.shape[2:], mode="trilinear")
+            y, over = y.transpose(1, 2), 1                                       # (B, C, F, H, W)
+            while cfg.frames // over * side ** 2 * y.shape[1] > budget and over < cfg.frames:
+                over *= 2                            # frames to a block
+            pooled = F.avg_pool3d(y, (over, *model.mdsa.streams[m].patch))
             mean = y.mean((2, 3, 4) if m == "v" else (2, 4), keepdim=True).expand_as(y)
-            rows[m].append([psnr(z, y).item() for z in (out[m].transpose(1, 2), mean, pooled)])
-            if m == "a":                             # what is lost on the way to a waveform, apart from MDSA
-                again = model.mel(model.mel.inverse(out[m][:2])[:, None])
-                rows[m][-1].append(psnr(again, x[m][:2]).item())
-    return {m: np.mean(r, 0) for m, r in rows.items()}
-
-
-def require_good(model, val, device):
-    """Print reconstruction beside its baselines. Raises data.UserError where MDSA does not beat them all."""
-    table = examine(model, data.val_batches(val, model.cfg.val_clips, 16), device)
-    names = {"v": ("PSNR-V", "mean color"), "a": ("PSNR-A", "mean spectrum")}
-    for m, (ours, mean, pool, *wave) in table.items():
-        say(f"{names[m][0]}: MDSA {ours:.1f} dB, {names[m][1]} {mean:.1f}, block means {pool:.1f}"
-            + "".join(f"; after Griffin-Lim {x:.1f}" for x in wave))
-    if model.cfg.need_good and any(row[0] <= max(row[1:3]) for row in table.values()):
+            codes = out[m].transpose(1, 2), mean, F.interpolate(pooled, y.shape[2:], mode="trilinear")
+            table[m].append([psnr(z, y).item() for z in codes])
+    table = {m: np.mean(rows, 0) for m, rows in table.items()}
+    for m, row in table.items():
+        say("PSNR-{}: MDSA {:.1f} dB, mean {} {:.1f}, block means {:.1f}".format(
+            m.upper(), row[0], {"v": "color", "a": "spectrum"}[m], *row[1:]))
+    if cfg.need_good and any(row[0] <= max(row[1:]) for row in table.values()):
         raise data.UserError("The autoencoder does not beat its baselines, so a generator could not either: raise "
                              "--mdsa_steps, or go on all the same with --need_good false.")
+    return table
 
 
 class Latents(torch.utils.data.Dataset):
-    """The first n clips of a data set as planes, encoded once into a file: each epoch has them in another order."""
+    """The first n clips of a data set as planes, encoded once, into a file; later ones are the same again."""
     def __init__(self, model, dataset, n, path, device):
-        self.path, self.n, self.seed = Path(path), n, model.cfg.seed
-        if int(os.environ.get("RANK", 0)) == 0 and not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            words, new, out = [], f"{path}.tmp", None
-            for i in tqdm(range(0, n, 16), f"latents for {self.path.name}", unit="batch"):
+        if int(os.environ.get("RANK", 0)) == 0 and not Path(path).exists():
+            clips = {"z": [], "caption": [], "label": []}
+            for i in tqdm(range(0, n, 16), f"encoding {n} clips", unit="batch"):
                 batch = data.to_device(data.make_batch(dataset, 0, 1, range(i, min(n, i + 16))), device)
-                z = model.encode(model.streams(batch["video"], batch["audio"])).cpu().numpy()
-                out = np.lib.format.open_memmap(new, "w+", np.float32, (n, *z.shape[1:])) if out is None else out
-                out[i:i + len(z)] = z
-                words += list(zip(batch["caption"], batch["label"].tolist(), strict=True))
-            out.flush()
-            self.path.with_suffix(".json").write_text(json.dumps(words))
-            os.replace(new, path)
+                clips["z"] += model.encode(model.streams(batch["video"], batch["audio"])).cpu()
+                clips["caption"] += batch["caption"]
+                clips["label"] += batch["label"].tolist()
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({**clips, "z": torch.stack(clips["z"])}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
         if dist.is_initialized():
             dist.barrier()
-        self.words = json.loads(self.path.with_suffix(".json").read_text())
-        self.z = np.load(self.path, mmap_mode="r")
+        self.clips, self.n = torch.load(path, mmap=True, weights_only=True), n
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        epoch, i = divmod(i, self.n)
-        i = int(order(self.seed, epoch, self.n)[i]) if epoch else i
+        clip = {k: x[i % self.n] for k, x in self.clips.items()}
         # The loader knows video and audio alone: the planes travel as audio.
-        return {"video": np.zeros((1, 1, 1, 3), np.uint8), "audio": np.array(self.z[i]),
-                "caption": self.words[i][0], "label": self.words[i][1]}
-
-
-@functools.lru_cache(2)
-def order(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+        return {**clip, "audio": clip["z"].numpy(), "video": np.zeros((1, 1, 1, 3), np.uint8)}
 
 
 def generator(cfg, mdsa, train, val, device):
@@ -1428,11 +1407,11 @@ def generator(cfg, mdsa, train, val, device):
     model = model.to(device)
     if cfg.init_from:
         fill(model, read_checkpoint(cfg.init_from)["ema"], cfg.init_from)
-    require_good(model, val, device)
+    examine(model, val, device)
     labels, shown = train.labels, [val[i]["caption"] for i in range(cfg.samples)]
     if cfg.cache_latents:
-        train = Latents(model, train, cfg.cache_latents, f"{cfg.out}/latents.npy", device)
-        val = Latents(model, val, min(cfg.val_clips, len(val)), f"{cfg.out}/latents_val.npy", device)
+        train = Latents(model, train, cfg.cache_latents, f"{cfg.out}/latents.pt", device)
+        val = Latents(model, val, min(cfg.val_clips, len(val)), f"{cfg.out}/latents_val.pt", device)
     flow = ReflectedFlow(model)
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
@@ -1443,47 +1422,39 @@ def generator(cfg, mdsa, train, val, device):
             batch = {**batch, "caption": list(captions)}
         return flow.loss(net, batch)
 
-    return fit(model, loss, cfg, train, val, lambda ema: generate(ema, shown, seed=cfg.seed))
+    return fit(model, loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, prompt=shown, seed=cfg.seed))
 
 
 # ---- Sampling and the command line
 
 @torch.no_grad()
-def generate(model, captions, negative="", video=None, audio=None, steps=None, guidance=None, seed=0, sampler=None,
-             batch_size=8):
-    """A clip for each caption, "" for none. See sample()."""
-    cfg, device, out = model.cfg, next(model.parameters()).device, {"v": [], "a": []}
-    given, n = None, len(captions)
-    if video is not None or audio is not None:
-        x = {"v": None if video is None else torch.as_tensor(video)[None].permute(0, 1, 4, 2, 3).float() / 127.5 - 1,
-             "a": None if audio is None else torch.as_tensor(audio).float()[None, None]}
-        given = model.encode(model.streams(*(None if y is None else y.to(device) for y in x.values())))
-    for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
-        part = captions[first:first + batch_size]
-        draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {first + i}")) for i in range(len(part))]
-        x = ReflectedFlow(model).sample(part, negative, cfg.guidance if guidance is None else guidance,
-                                        steps or cfg.sample_steps, sampler or cfg.sampler, draws, given, device)
-        for k, y in zip("va", model.decode(x), strict=True):
-            out[k] += [] if y is None else [y.cpu()]
-    v = data.to_uint8(torch.cat(out["v"])) if out["v"] else None
-    a = torch.cat(out["a"]).clamp(-1, 1) if out["a"] else None
-    v = v if video is None else torch.as_tensor(np.asarray(video))[None].expand(n, -1, -1, -1, -1)
-    a = a if audio is None else torch.as_tensor(np.asarray(audio))[None].expand(n, -1).float()
-    return v, a
-
-
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
            guidance=None, seed=0, sampler=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks. prompt: free text; label: a class, for "a video of <label>"; neither: any clip. video (F, H, W, 3)
-    uint8 or audio (L,): comes back as it is, the other stream is generated for it. Clip i depends on (seed, i), not on
-    n or batch_size. Raises data.UserError for conditions that exclude each other."""
+    the model lacks. prompt: text, or n of them; label: a class, for "a video of <label>"; neither: any clip. video
+    (F, H, W, 3) uint8 or audio (L,) comes back as it is, with the other stream made for it. Clip i depends on
+    (seed, i), not on n or batch_size. Raises data.UserError for conditions that exclude each other."""
     if (prompt and label) or (video is not None and audio is not None):
         raise data.UserError("Give a prompt or a label, and a video or an audio, not both.")
     if (video is not None or audio is not None) and model.cfg.streams != "av":
         raise data.UserError("This model was trained for one stream: there is nothing to generate from the other.")
-    captions = [prompt or (f"a video of {label}" if label else "")] * n
-    return generate(model, captions, negative_prompt or "", video, audio, steps, guidance, seed, sampler, batch_size)
+    cfg, device, out, x = model.cfg, next(model.parameters()).device, {"v": [], "a": []}, None
+    captions = prompt if isinstance(prompt, list) else [prompt or (f"a video of {label}" if label else "")] * n
+    video, audio = (None if y is None else torch.as_tensor(np.asarray(y))[None].to(device) for y in (video, audio))
+    if video is not None or audio is not None:
+        pixels = None if video is None else video.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        x = model.encode(model.streams(pixels, None if audio is None else audio.float()[:, None]))
+    for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
+        part = captions[first:first + batch_size]
+        draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {first + i}")) for i in range(len(part))]
+        z = ReflectedFlow(model).sample(part, negative_prompt or "", cfg.guidance if guidance is None else guidance,
+                                        steps or cfg.sample_steps, sampler or cfg.sampler, draws, x, device)
+        for k, y in zip("va", model.decode(z), strict=True):
+            out[k] += [] if y is None else [y.cpu()]
+    v = data.to_uint8(torch.cat(out["v"])) if out["v"] else None
+    a = torch.cat(out["a"]).clamp(-1, 1) if out["a"] else None
+    return (v if video is None else video.cpu().expand(n, -1, -1, -1, -1),
+            a if audio is None else audio.cpu().float().expand(n, -1))
 
 
 def load(path, device="cpu", options=()):

@@ -16,7 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 
-BUILD = {"mm_diffusion": lambda module, cfg: (module.CoupledUNet(cfg), module.Diffusion(cfg).loss)}
+def proav_dit(module, cfg):
+    """The generator, its training step with the batch's latents at hand or, with --cache_latents 0, encoded anew."""
+    model, cache = module.ProAV(cfg), {}
+    flow = module.ReflectedFlow(model)
+
+    def loss(net, batch):
+        if cfg.cache_latents and not cache:
+            cache["audio"] = model.encode(model.streams(batch["video"], batch["audio"]))[:, None]
+        return flow.loss(net, {**batch, **cache})
+    return model, loss
+
+
+BUILD = {"mm_diffusion": lambda module, cfg: (module.CoupledUNet(cfg), module.Diffusion(cfg).loss),
+         "proav_dit": proav_dit}
 
 
 def seconds(f, repeat, device):

@@ -13,10 +13,10 @@ import sample
 torch.set_num_threads(1)
 TINY = ("--preset toy --frames 4 --size 8 --patch 2 --rate 4000 --n_mels 16 --hop 50 --window 128 --n_fft 128 "
         "--width 16 --heads 2 --head_dim 8 --decoder_depth 1 --proj_mlp 16 --blocks 2,2,2 --disc_width 4 "
-        "--disc_start 2 --start_clips 4 --mdsa_steps 3 --mdsa_batch_size 4 --dit_width 16 --dit_depth 1 "
+        "--disc_start 2 --mdsa_steps 3 --mdsa_batch_size 4 --dit_width 16 --dit_depth 1 "
         "--dit_heads 2 --text_width 16 --text_tokens 8 --cache_latents 8 --steps 4 --batch_size 4 --val_clips 4 "
         "--workers 0 --samples 1 --log_every 1 --val_every 1000 --sample_every 1000 --save_every 1000 "
-        "--griffin_lim 4 --sample_steps 2 --need_good false --lr_end 1").split()
+        "--griffin_lim 4 --sample_steps 2 --need_good false --adv true --lr_end 1").split()
 
 
 def tiny(*more):
@@ -177,7 +177,8 @@ def test_closed_form_start_beats_a_constant_color_and_is_a_linear_code():
     u = auto.mdsa.streams["v"].to_patch(auto.mdsa.streams["v"].patches(x["v"]))
     back = auto.mdsa.streams["v"].pixels(auto.mdsa.streams["v"].to_pixel(u))
     assert pa.psnr(back, x["v"]) > 50                # 64 features hold the 48 numbers of a patch
-    table = pa.examine(auto, [raw(cfg, 8)], "cpu")
+    cfg.need_good, cfg.val_clips = False, 8
+    table = pa.examine(auto, data.open_dataset("toy", "val"), "cpu")
     assert table["v"][0] > table["v"][1] + 1 and table["a"][0] > table["a"][1] + 1
 
 
@@ -317,7 +318,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_writes_both_stages_and_the_second_time_does_nothing(trained, capsys):
     files = {p.relative_to(trained).as_posix() for p in trained.rglob("*") if p.is_file()}
-    want = {"mdsa/ckpt.pt", "mdsa/log.csv", "dit/ckpt.pt", "dit/log.csv", "dit/latents.npy", "dit/latents.json"}
+    want = {"mdsa/ckpt.pt", "mdsa/log.csv", "dit/ckpt.pt", "dit/log.csv", "dit/latents.pt", "dit/latents_val.pt"}
     assert want <= files and any(f.startswith("dit/samples/") for f in files)
     assert any(f.startswith("mdsa/samples/") for f in files)
     times = {f: (trained / f).stat().st_mtime_ns for f in files}
