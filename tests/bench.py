@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 
+
 def proav_dit(module, cfg):
     """The generator, its training step with the batch's latents at hand or, with --cache_latents 0, encoded anew."""
     model, cache = module.ProAV(cfg), {}

@@ -20,8 +20,8 @@ SHARED = {("hw", "tw"): (1, 1), ("hw", "th"): (2, 1), ("tw", "th"): (2, 2)}     
 
 
 def mutual_information(z, estimate):
-    """{pair: (nats, nats of mismatched clips)} of one stream's planes (B, rows, columns, C), averaged onto the axis that
-    both have, channel by channel."""
+    """{pair: (nats, nats of mismatched clips)} of one stream's planes (B, rows, columns, C), averaged onto the axis
+    that they share, channel by channel."""
     out = {}
     for (one, two), axes in SHARED.items():
         x, y = z[one].mean(axes[0]), z[two].mean(axes[1])                        # (B, n, C) each
