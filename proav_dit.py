@@ -149,12 +149,12 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4, width=64, depth=1,
-                decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128, blocks=(4, 4, 4),
-                adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4, mdsa_lr=1e-2,
-                dit_width=128, dit_depth=3, dit_heads=4, text_width=64, text_tokens=20, guidance=3.0,
-                cache_latents=2048, steps=800, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05, warmup=20,
-                ema=0.99, val_every=200, val_clips=32, save_every=100, sample_every=400),
+    "toy": dict(data="toy:bounce,glide,pulse", size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4,
+                width=64, depth=1, decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128,
+                blocks=(4, 4, 4), adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4,
+                mdsa_lr=1e-2, dit_width=128, dit_depth=3, dit_heads=4, text_width=64, text_tokens=20, guidance=3.0,
+                cache_latents=2048, steps=1000, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05, warmup=20,
+                ema=0.99, val_every=250, val_clips=32, save_every=100, sample_every=400),
     "small": dict(size=64, n_mels=64, hop=25, n_fft=512, patch=4, width=128, depth=4, decoder_depth=4, heads=4,
                   head_dim=32, proj_depth=2, proj_mlp=256, blocks=(4, 4, 4), disc_width=32, disc_start=8000,
                   mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, text_width=256,
@@ -887,14 +887,16 @@ def read(captions, cfg, device):
 
 
 def vary(caption, label, key):
-    """What the clip is called this time: none of it for guidance (1 of 10), "a video of <label>", as in the paper, or
-    its caption, of which half the time some words are missing: then short prompts are nothing new."""
+    """What the clip is called this time: nothing, for guidance (1 of 10); "a video of <label>", as in the paper (3 of
+    10); or its caption, half the time short of some words, so that short prompts are nothing new."""
     rng = np.random.default_rng(key)
-    kind, words = rng.random(), caption.split()
+    kind, words, keep = rng.random(), caption.split(), rng.uniform(0.3, 1)
+    if kind < 0.1:
+        return ""
     if kind < 0.4:
-        return "" if kind < 0.1 else f"a video of {label}"
-    kept = rng.random(len(words)) < (1 if kind < 0.7 else rng.uniform(0.3, 1))
-    return " ".join(w for w, keep in zip(words, kept, strict=True) if keep)
+        return f"a video of {label}".removesuffix(" of unlabeled")
+    words = [w for w, x in zip(words, rng.random(len(words)), strict=True) if kind < 0.7 or x < keep]
+    return " ".join(["a video of", *words] if rng.random() < 0.5 else words)
 
 
 # ---- The whole model, and reflected flow matching on its planes

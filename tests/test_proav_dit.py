@@ -11,8 +11,8 @@ import proav_dit as pa
 import sample
 
 torch.set_num_threads(1)
-TINY = ("--preset toy --frames 4 --size 8 --patch 2 --rate 4000 --n_mels 16 --hop 50 --window 128 --n_fft 128 "
-        "--width 16 --heads 2 --head_dim 8 --decoder_depth 1 --proj_mlp 16 --blocks 2,2,2 --disc_width 4 "
+TINY = ("--preset toy --data toy --frames 4 --size 8 --patch 2 --rate 4000 --n_mels 16 --hop 50 --window 128 "
+        "--n_fft 128 --width 16 --heads 2 --head_dim 8 --decoder_depth 1 --proj_mlp 16 --blocks 2,2,2 --disc_width 4 "
         "--disc_start 2 --mdsa_steps 3 --mdsa_batch_size 4 --dit_width 16 --dit_depth 1 "
         "--dit_heads 2 --text_width 16 --text_tokens 8 --cache_latents 8 --steps 4 --batch_size 4 --val_clips 4 "
         "--workers 0 --samples 1 --log_every 1 --val_every 1000 --sample_every 1000 --save_every 1000 "
@@ -253,8 +253,8 @@ def test_spelling_and_variation_of_captions():
     assert (ids[2] > 0).any(1).all()
     names = [pa.vary("a small red ball", "bounce", key) for key in range(2000)]
     share = {n: names.count(n) / 2000 for n in ("", "a video of bounce", "a small red ball")}
-    assert 0.07 < share[""] < 0.14 and 0.25 < share["a video of bounce"] < 0.35 and share["a small red ball"] > 0.3
-    assert "red ball" in names and "a small ball" in names
+    assert 0.07 < share[""] < 0.14 and 0.25 < share["a video of bounce"] < 0.35 and share["a small red ball"] > 0.14
+    assert {"red ball", "a small ball", "a video of a small red ball", "a video of red ball"} <= set(names)
 
 
 def test_prior_and_reflection():
