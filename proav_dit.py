@@ -154,7 +154,7 @@ PRESETS = {
                 blocks=(4, 4, 4), adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4,
                 mdsa_lr=1e-2, dit_width=128, dit_depth=3, dit_heads=4, text_width=64, text_tokens=20, guidance=3.0,
                 cache_latents=2048, steps=1000, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05, warmup=20,
-                ema=0.99, val_every=250, val_clips=32, save_every=100, sample_every=400),
+                ema=0.99, val_every=250, val_clips=32, save_every=100, sample_every=500),
     "small": dict(size=64, n_mels=64, hop=25, n_fft=512, patch=4, width=128, depth=4, decoder_depth=4, heads=4,
                   head_dim=32, proj_depth=2, proj_mlp=256, blocks=(4, 4, 4), disc_width=32, disc_start=8000,
                   mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, text_width=256,
@@ -1374,7 +1374,9 @@ def examine(model, val, device):
 
 class Latents(torch.utils.data.Dataset):
     """The first n clips of a data set as planes, encoded once, into a file; later ones are the same again."""
-    def __init__(self, model, dataset, n, path, device):
+    def __init__(self, model, dataset, n, name, device):
+        mark = sum(p.double().abs().sum().item() for p in model.mdsa.parameters())   # another MDSA, another file
+        path = f"{model.cfg.out}/latents_{name}_{data.clip_key(n, mark):015x}.pt"
         if int(os.environ.get("RANK", 0)) == 0 and not Path(path).exists():
             clips = {"z": [], "caption": [], "label": []}
             for i in tqdm(range(0, n, 16), f"encoding {n} clips", unit="batch"):
@@ -1412,8 +1414,8 @@ def generator(cfg, mdsa, train, val, device):
     examine(model, val, device)
     labels, shown = train.labels, [val[i]["caption"] for i in range(cfg.samples)]
     if cfg.cache_latents:
-        train = Latents(model, train, cfg.cache_latents, f"{cfg.out}/latents.pt", device)
-        val = Latents(model, val, min(cfg.val_clips, len(val)), f"{cfg.out}/latents_val.pt", device)
+        train = Latents(model, train, cfg.cache_latents, "train", device)
+        val = Latents(model, val, min(cfg.val_clips, len(val)), "val", device)
     flow = ReflectedFlow(model)
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
