@@ -796,7 +796,7 @@ class STDiT(nn.Module):
     def __init__(self, cfg, valid):
         super().__init__()
         D, heads, values = cfg.dit_width, cfg.dit_heads, 4 * cfg.plane_channels
-        self.fps = cfg.fps
+        self.fps, self.padded = cfg.fps, cfg.size // cfg.patch != cfg.frames
 
         def mlp(i):
             return nn.Sequential(nn.Linear(i, D), nn.SiLU(), nn.Linear(D, D))
@@ -826,7 +826,7 @@ class STDiT(nn.Module):
         t = self.t_embedder(time_embedding(1000 * t, 256))
         t = t + self.fps_embedder(time_embedding(torch.full((1,), self.fps, device=x.device), 256))      # (B, D)
         t6, y = self.t_block(t)[:, None], self.y_proj(text)
-        valid = None if self.valid.all() else self.valid.repeat_interleave(columns, 1)           # (P, S)
+        valid = self.valid.repeat_interleave(columns, 1) if self.padded else None                # (P, S)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = temporal(spatial(x, y, t6, mask, valid), y, t6, mask, valid)
         shift, scale = (self.final_table + t[:, None])[:, :, None, None].unbind(1)               # (B, 1, 1, D)

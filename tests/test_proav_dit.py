@@ -1,5 +1,7 @@
 """proav_dit.py: audio as video, MDSA and its losses, STDiT, reflected flow, the two stages, sampling, user mistakes."""
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -349,6 +351,28 @@ def test_latents_encoded_on_the_way_give_the_same_steps(trained, tmp_path):
     pa.main([*TINY, "--out", str(tmp_path), "--stage", "dit", "--cache_latents", "0", "--steps", "2"])
     rows = [(f / "dit" / "log.csv").read_text().splitlines()[2].split(",")[1] for f in (trained, tmp_path)]
     assert float(rows[0]) == pytest.approx(float(rows[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [
+    "--streams v --cache_latents 0", "--streams a --kl off --adv false", "--amp bf16 --frames 8 --blocks 4,2,2",
+    "--mt_attn false --gcm_attn false --biblock false --kl pixel --optimizer adamw --grad_accum 2",
+])
+def test_variants_train_and_sample(options, tmp_path):
+    pa.main([*TINY, *options.split(), "--out", str(tmp_path), "--steps", "2"])
+    model = pa.load(tmp_path / "dit" / "ckpt.pt")
+    video, audio = pa.sample(model, 1, prompt="a ball")
+    assert (video is None) == ("v" not in model.cfg.streams) and (audio is None) == ("a" not in model.cfg.streams)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for folder, launcher in (("one", []), ("two", torchrun)):
+        args = [*TINY, "--disc_start", "99", "--optimizer", "adamw", "--lr", "1e-3", "--out", str(tmp_path / folder)]
+        run = subprocess.run([sys.executable, *launcher, str(Path(pa.__file__)), *args], cwd=tmp_path, text=True,
+                             capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+        assert run.returncode == 0, run.stderr
+    for stage in ("mdsa", "dit"):
+        assert same(weights(tmp_path / "one" / stage), weights(tmp_path / "two" / stage), 1e-3)
 
 
 def test_samples_depend_on_seed_place_and_text_alone(trained):
