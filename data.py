@@ -45,8 +45,7 @@ CAPTIONS = ("a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing i
             "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
             "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss")
 PERIODS = (0.45, 0.8), (0.5, 0.9), (1.2, 2.4), (0.6, 1.2), (0.8, 1.5)  # s; at least one event in 1.6 s
-COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255),
-          "yellow": (250, 220, 40), "magenta": (230, 60, 220), "cyan": (40, 215, 235)}
+COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255)}  # few and far apart: soon learned
 BACKS = {"black": (8, 8, 8), "navy": (14, 16, 56), "gray": (52, 52, 52)}
 SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.21))  # (ratio, amplitude)
 
@@ -220,7 +219,7 @@ def make_batch(dataset, seed, batch_size, numbers):
     """The clips `numbers`: tensors video (b, F, H, W, 3) uint8, audio (b, L) float32, label (b,) and key (b,)
     int64, which is clip_key(seed, number); caption, a list of str; and step, an int."""
     clips = [dataset[i] for i in numbers]
-    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio")}
+    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio", "low") if k in clips[0]}
     out |= {"label": torch.tensor([c["label"] for c in clips]), "caption": [c["caption"] for c in clips]}
     return out | {"key": torch.tensor([clip_key(seed, i) for i in numbers]), "step": numbers[0] // batch_size}
 

@@ -13,24 +13,32 @@ every call, so that over the many calls of sampling each frame meets all of the 
         | H, W / 2                         | L / 4    ... and again, down to the lowest scale, then back up with skips
     predicted noise (B, F, 3, H, W)    predicted noise (B, 1, L)
 
-    python mm_diffusion.py                                          # toy: 8 minutes on 2 cores, loss 0.43 -> 0.05
+    python mm_diffusion.py                                          # toy: 9-10 minutes on 2 cores, loss 0.38 -> 0.06
     torchrun --nproc_per_node=4 mm_diffusion.py --data concerts     # your videos, after `python data.py prepare`
     python sample.py --model mm_diffusion                           # mp4, wav, film strips, and a page of them
+    python sample.py --model mm_diffusion --video in.mp4            # sound for a video; --audio in.wav: the reverse
+    python mm_diffusion.py --stage sr                               # a network that enlarges the frames, for --sr_ckpt
 
-Differs from the released code, on purpose: 1. the shift R is drawn once per call from a generator, so it is the same
-in forward and backward, on all processes, and in every run. 2. Sampling is a function of the seed; any batch size
-works. 3. The slip in its solver's first-order audio step is mended. 4. Clips are not mirrored. 5. Gradients of
---grad_accum parts are averaged, not summed. 6. "up" blocks work at the low resolution and copy at their end.
-7. The presets toy and small estimate the clip, not the noise (--prediction edm), and learn with --optimizer muon: what
+Where the paper and its code disagree, or the paper is silent (-), we do as the code, or as the last column says:
+
+    parameters              115.13M                   133,675,524; nothing gives the former
+    middle blocks           no audio self-attention   with it, and a cross-attention over all if windows are 1,4,8
+    channels per head       64; SR 48                 cross-attention 64, else 4 heads; SR 4 heads
+    dilations               1, 2, ... 2^10            2, 4, ... 512, 1, 2, ...
+    2+1-D convolution       time, then space          space, then time; a block's second is 1x1
+    step embedding          128; SR 192               128; SR 192, widened to 768
+    cost of attention       S^2 H W L / F             F S H W L / F for each stream
+    lambda(t); variance     -; eq. 1: I, eq. 3: -     1; beta_t in both
+    shift R                 0 ... F - S               same; drawn anew in backward            one draw per call
+    sampler                 multistep, adaptive: two  dpm3, or dpm_adaptive with a slip       dpm: multistep; no slip
+    guidance, eq. 12        sum, new noise each step  mean, one noise, sqrt(abar), x 2^20     gradient; or released
+    mirrored; SR dropout    none, SR half; 0.1        all, SR none; 0                         paper
+    batch, steps            128, 10k (Table 4: 100k)  32, endless; --grad_accum parts summed  paper; averaged
+
+Ours alone: samples are a function of the seed; "up" blocks work at the low resolution and copy at their end; SR learns
+from means of squares of pixels, as data.py makes small frames, not bicubic ones; SR's toy preset enlarges a residual.
+The presets toy and small estimate the clip, not the noise (--prediction edm), and learn with --optimizer muon: what
 minutes of training need to get from noise to whole shapes. toy does not shift, so that sync is learned in minutes, too.
-
-The paper is silent or at odds with its code on the following; we do as the code. 1. Parameters: 115.13M in the text;
-the code has 133,675,524, and no reading of it gives the former. 2. Audio self-attention, said to be deleted, is in both
-middle blocks; between them stands a cross-attention over the whole clip, if the windows are 1,4,8. 3. "64 channels a
-head" holds for cross-attention; self-attention has 4 heads. 4. Dilations run 2, 4, ... 512, 1, 2, ..., not 1 ... 2^10.
-5. The second convolution of a block is 1x1; space comes before time. 6. "Second-order, multistep, adaptive" names two
-samplers: --sampler dpm is multistep and our default, dpm3 and dpm_adaptive are the released ones. 7. lambda(t) of
-eq. 7 is 1; the noise of eq. 1 has variance beta_t.
 """
 import argparse
 import copy
@@ -45,11 +53,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -62,7 +72,8 @@ class Config:
     """Every option; the defaults are the paper's (Table A.1) or, where it is silent, the released code's."""
     preset: str = "paper"            # the row of PRESETS that the other values start from
     data: str = "toy"                # toy, toy:bounce,glide (some of its scenes), or a set made by data.py prepare
-    out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA]
+    out: str = ""                    # folder of the run; empty: out/mm_diffusion/PRESET[-DATA], for --stage sr its sr/
+    stage: str = "base"              # what to train: base, the coupled U-Net; sr, the one that upsamples its frames
     # the clip
     frames: int = 16                 # frames in a clip
     size: int = 64                   # height and width, pixels
@@ -83,6 +94,10 @@ class Config:
     streams: str = "av"              # av: both; v or a: one sub-network alone (Ours-v, Ours-a of Tables 1-2)
     dropout: float = 0.1             # in the MM-blocks, while training
     checkpoint: bool = False         # recompute blocks in backward: less memory, more time
+    # super-resolution; its U-Net is of width, mult, res_blocks, norm_groups, heads and video_attention, too
+    sr_size: int = 256               # height and width of its frames, a multiple of size
+    sr_residual: float = 0.0         # ours: diffuse the frame less its bicubic enlargement; its deviation; 0: off
+    augment: float = 0.5             # probability of each of noise and JPEG in its input, and of mirrored frames
     # diffusion (sections 3.1 and 3.2)
     diffusion_steps: int = 1000      # T; linear betas, 1e-4 to 0.02 for T = 1000, scaled by 1000 / T
     prediction: str = "eps"          # eps: the network gives the noise (eq. 7); edm: see Diffusion.estimate
@@ -90,8 +105,14 @@ class Config:
     data_std: tuple = (0.5, 0.2)     # edm: their standard deviations; these weight the loss
     skip_std: tuple = (0.1, 0.2)     # edm: noise above this is not passed on to the estimate
     noise_levels: tuple = (0.7, 2.0)     # edm: mean and deviation of ln(sigma / alpha) in training
-    sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm
+    # sampling
+    sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm; where a part is given, ddpm or else ddim
     sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
+    method: str = "replace"          # for a given part: replace, gradient (eq. 12) or released (eq. 12 as in the code)
+    guidance: float = 0.1            # lambda of eq. 12, for gradient and released
+    seconds: float = 0.0             # length of a clip, of windows that overlap by half; 0: one window
+    sr_ckpt: str = ""                # upsample the frames with this network, of --stage sr or a released one
+    sr_steps: int = 25               # DDIM steps of upsampling
     # training
     steps: int = 10000               # optimizer steps
     batch_size: int = 128            # clips per optimizer step over ALL processes
@@ -119,17 +140,26 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, heads=4,
-                cross_head_dim=16, video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 4), random_shift=False,
-                dropout=0.0, prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
-                steps=600, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20, clip=1.0, ema=0.99,
-                val_every=200, val_clips=16, save_every=100, sample_every=300),
+    "toy": dict(data="toy:bounce", size=32, rate=8000, width=16, res_blocks=1, norm_groups=8, cross_head_dim=16,
+                video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 16), random_shift=False, dropout=0.0,
+                prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
+                noise_levels=(1.2, 1.6), steps=620, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
+                clip=1.0, ema=0.99, val_every=310, val_clips=16, save_every=155, sample_every=620),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="edm", data_mean=(-0.6, 0.0), data_std=(0.41, 0.18),
-                  skip_std=(0.1, 0.18), steps=10000, batch_size=16, optimizer="muon", lr=4e-3, lr_end=0.05, warmup=200,
-                  clip=1.0, ema=0.999),
+                  skip_std=(0.1, 0.18), noise_levels=(1.2, 1.6), steps=10000, batch_size=16, optimizer="muon", lr=4e-3,
+                  lr_end=0.05, warmup=200, clip=1.0, ema=0.999),
     "paper": {},
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
+}
+# The same for --stage sr; a preset that has no row here is as "paper".
+SR_PRESETS = {
+    "paper": dict(streams="v", frames=1, width=192, mult=(1, 1, 2, 2, 4, 4), video_attention=(8, 16, 32),
+                  cross_attention=(), windows=(), steps=270000, batch_size=48),
+    "toy": dict(data="toy:bounce", size=32, sr_size=64, rate=8000, sr_residual=0.035, width=16, mult=(1, 2, 4),
+                res_blocks=1, norm_groups=8, video_attention=(), dropout=0.0, steps=500, batch_size=8,
+                optimizer="muon", lr=6e-3, lr_end=0.05, warmup=20, clip=1.0, ema=0.99, val_every=250, save_every=100,
+                sample_every=250),
 }
 
 
@@ -145,7 +175,8 @@ def parse(argv=None, base=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
     choices = {"preset": PRESETS, "streams": ("av", "v", "a"), "prediction": ("eps", "edm"), "sampler": SAMPLERS,
-               "optimizer": ("adamw", "muon"), "amp": ("auto", "bf16", "fp16", "off")}
+               "optimizer": ("adamw", "muon"), "amp": ("auto", "bf16", "fp16", "off"), "stage": STAGES,
+               "method": ("replace", "gradient", "released")}
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
@@ -155,11 +186,12 @@ def parse(argv=None, base=None):
     given = vars(parser.parse_args(argv))
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "paper")
-    cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
+    row = {**SR_PRESETS["paper"], **SR_PRESETS.get(preset, {})} if given.get("stage") == "sr" else PRESETS[preset]
+    cfg = Config(**{**(dataclasses.asdict(base) if base else {**row, "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
     name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
-    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
+    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}{'/sr' if cfg.stage == 'sr' else ''}"
     return cfg
 
 
@@ -174,10 +206,13 @@ def check(cfg):
     widths, length = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}, cfg.frames * cfg.rate / cfg.fps
     crossed = [widths.get(f, 0) for f in cfg.cross_attention]
     attended = [widths.get(f, 0) for f in (*cfg.video_attention, scales)]
+    name, pixels = ("sr_size", cfg.sr_size) if cfg.stage == "sr" else ("size", cfg.size)
     rules = {
         f"--batch_size {cfg.batch_size} does not divide by {parts} (processes x --grad_accum)": cfg.batch_size % parts,
-        f"--size must divide by {scales}: --mult has {len(cfg.mult)} scales": cfg.size % scales,
-        f"--frames * --rate / --fps, {length:g} samples, must be a multiple of {scales ** 2}": length % scales ** 2,
+        f"--{name} must divide by {scales}: --mult has {len(cfg.mult)} scales": pixels % scales,
+        f"--sr_size {cfg.sr_size} must be a multiple of --size {cfg.size}": pixels % cfg.size,
+        f"--frames * --rate / --fps, {length:g} samples, must be a multiple of {scales ** 2}":
+            "a" in cfg.streams and length % scales ** 2,
         "--norm_groups must divide every width (--width * --mult)": any(w % cfg.norm_groups for w in widths.values()),
         f"attention is possible at the factors {', '.join(map(str, widths))}": not all([*crossed, *attended]),
         "--windows needs one window for each factor of --cross_attention": len(cfg.windows) != len(crossed),
@@ -342,7 +377,6 @@ class ResBlock(nn.Module):
         return v, a
 
 
-
 def modulated(layers, h, p):
     """`layers` on h. Their first, a norm, is followed by FiLM, norm(h) (1 + scale) + shift, or preceded by h + p."""
     norm, *rest = layers
@@ -418,44 +452,53 @@ def time_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def ladder(cfg):
+    """The entries of a U-Net's encoder and of its decoder: (channels in, channels out, downsampling factor, how). how
+    is "down" for an entry that resamples, "up" for one that does so at its end, else None."""
+    scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]
+    encoder, decoder, c = [], [], scales[0][1]
+    for factor, w in scales:
+        encoder += [(c, w, factor, None)] + [(w, w, factor, None)] * (cfg.res_blocks - 1)
+        encoder += [(w, w, factor, "down")] * (factor < scales[-1][0])
+        c = w
+    skips = [scales[0][1], *(o for _, o, _, _ in encoder)]
+    for factor, w in reversed(scales):
+        for i in range(cfg.res_blocks + 1):
+            decoder.append((c + skips.pop(), w, factor, "up" if i == cfg.res_blocks and factor > 1 else None))
+            c = w
+    return encoder, decoder
+
+
 class CoupledUNet(nn.Module):
     """The coupled U-Net (figure 3a). Per scale res_blocks MM-blocks, each followed by cross-attention where the scale
     has it, and one that downsamples; back up with one block more per scale, each given the encoder's features."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        scales = [(2 ** i, cfg.width * m) for i, m in enumerate(cfg.mult)]       # (downsampling factor, channels)
+        encoder, decoder = ladder(cfg)
         window = dict(zip(cfg.cross_attention, cfg.windows, strict=True)) if cfg.streams == "av" else {}
         self.time_embed = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
-        k = 1                                        # counts blocks: the audio's dilation is 2^(k mod 10)
+        k, c = 1, encoder[0][0]                      # k counts blocks: the audio's dilation is 2^(k mod 10)
 
         def blocks(i, o, factor):
             res = ResBlock(i, o, cfg, 2 ** (k % 10), video_attention=factor in cfg.video_attention)
             return [res, CrossAttention(o, cfg, window[factor])] if factor in window else [res]
 
-        c = scales[0][1]
-        entries, skips = [[Stem(c, cfg)]], [c]
-        for factor, w in scales:
-            for _ in range(cfg.res_blocks):
-                entries.append(blocks(c, w, factor))
-                c, k = w, k + 1
-                skips.append(c)
-            if factor < scales[-1][0]:
-                entries.append([ResBlock(c, c, cfg, 2 ** (k % 10), "down")])
-                k += 1
-                skips.append(c)
+        entries = [[Stem(c, cfg)]]
+        for i, o, factor, how in encoder:
+            entries.append([ResBlock(i, o, cfg, 2 ** (k % 10), how)] if how else blocks(i, o, factor))
+            k += 1
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
-        middle = [ResBlock(c, c, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
+        middle = [ResBlock(o, o, cfg, 2 ** (k % 10), video_attention=True, audio_attention=True) for _ in range(2)]
         if cfg.windows == (1, 4, 8) and window:      # in the released code for these windows alone; not in the paper
-            middle.insert(1, CrossAttention(c, cfg, None))
+            middle.insert(1, CrossAttention(o, cfg, None))
         self.middle_blocks = nn.ModuleList(middle)
         entries, k = [], k - 1
-        for factor, w in reversed(scales):
-            for i in range(cfg.res_blocks + 1):
-                entries.append(blocks(c + skips.pop(), w, factor))
-                c, k = w, k - 1
-                if factor > 1 and i == cfg.res_blocks:
-                    entries[-1].append(ResBlock(c, c, cfg, 2 ** (k % 10), "up"))
+        for i, o, factor, how in decoder:
+            entries.append(blocks(i, o, factor))
+            k -= 1
+            if how:
+                entries[-1].append(ResBlock(o, o, cfg, 2 ** (k % 10), how))
         self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
         g, audio, video = cfg.norm_groups, "a" in cfg.streams, "v" in cfg.streams
         self.audio_out = nn.Sequential(Norm(c, g), nn.SiLU(), zeroed(AudioConv(c, 1, 3))) if audio else None
@@ -497,6 +540,82 @@ class CoupledUNet(nn.Module):
         return v, a
 
 
+# ---- Super-resolution: the U-Net of ADM (Dhariwal and Nichol 2021), frame by frame; features (B, C, H, W).
+
+class SRBlock(nn.Module):
+    """Residual block. Other than in MM-blocks, resampling comes before the first convolution and the second is 3x3."""
+    def __init__(self, i, o, cfg, how=None):
+        super().__init__()
+        self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2.0)}[how]
+        self.in_layers = nn.Sequential(nn.GroupNorm(cfg.norm_groups, i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.width, 2 * o))
+        self.out_layers = nn.Sequential(nn.GroupNorm(cfg.norm_groups, o), nn.SiLU(), nn.Dropout(cfg.dropout),
+                                        zeroed(nn.Conv2d(o, o, 3, padding=1)))
+        self.skip_connection = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+
+    def forward(self, x, emb):
+        norm, act, conv = self.in_layers
+        x, h = self.resize(x), conv(self.resize(act(norm(x))))
+        norm, *rest = self.out_layers
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)    # (B, O, 1, 1) each
+        h = torch.addcmul(shift, norm(h), 1 + scale)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class SRAttention(SelfAttention):
+    """Self-attention over the pixels of a frame; qkv holds q, k and v head by head."""
+    def __init__(self, channels, cfg):
+        super().__init__(channels, cfg.heads, cfg.norm_groups)
+        self.norm = nn.GroupNorm(cfg.norm_groups, channels)
+
+    def forward(self, x, emb):
+        h = self.norm(x).flatten(2).transpose(1, 2)                              # (B, H*W, C)
+        qkv = pointwise(self.qkv, h).unflatten(-1, (self.heads, 3, -1))          # (B, H*W, heads, 3, d)
+        h = attend(*(y.flatten(2) for y in qkv.unbind(3)), self.heads)           # (B, H*W, C)
+        return x + pointwise(self.proj_out, h).transpose(1, 2).reshape(x.shape)
+
+
+class SRUNet(nn.Module):
+    """A noisy frame and the low-resolution one -> the noise and where its variance lies between the bounds."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        (encoder, decoder), g, width = ladder(cfg), cfg.norm_groups, cfg.width
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+
+        def blocks(i, o, factor, how=None):
+            return [SRBlock(i, o, cfg, how)] + [SRAttention(o, cfg)] * (not how and factor in cfg.video_attention)
+
+        c, o = encoder[0][0], encoder[-1][1]         # at the top and at the bottom
+        entries = [[nn.Conv2d(6, c, 3, padding=1)], *(blocks(*entry) for entry in encoder)]
+        self.input_blocks = nn.ModuleList(map(nn.ModuleList, entries))
+        self.middle_block = nn.ModuleList([SRBlock(o, o, cfg), SRAttention(o, cfg), SRBlock(o, o, cfg)])
+        entries = [blocks(i, o, factor) + [SRBlock(o, o, cfg, how)] * bool(how) for i, o, factor, how in decoder]
+        self.output_blocks = nn.ModuleList(map(nn.ModuleList, entries))
+        self.out = nn.Sequential(nn.GroupNorm(g, c), nn.SiLU(), zeroed(nn.Conv2d(c, 6, 3, padding=1)))
+
+    def forward(self, x, low, t):
+        """Noisy frames x (B, 3, H, W), low (B, 3, h, w) of any size, steps t (B,) -> (B, 6, H, W) float32."""
+        x = torch.cat([x, F.interpolate(low, x.shape[-2:], mode="bilinear")], 1)             # (B, 6, H, W)
+        emb = self.time_embed(time_embedding(t, self.cfg.width))                 # (B, 4*width)
+        stem, *entries = self.input_blocks
+        skips = [stem[0](x)]                                                     # (B, C, H, W)
+        for entry in entries:
+            skips.append(self.run(entry, skips[-1], emb))
+        h = self.run(self.middle_block, skips[-1], emb)
+        for entry in self.output_blocks:
+            h = self.run(entry, torch.cat([h, skips.pop()], 1), emb)
+        return self.out(h).float()
+
+    def run(self, entry, h, emb):
+        for block in entry:
+            saving = self.cfg.checkpoint and torch.is_grad_enabled()
+            h = checkpoint(block, h, emb, use_reentrant=False) if saving else block(h, emb)
+        return h
+
+
 # ---- Process: schedule, loss, samplers. A state x is a dict of the streams, {"v": (B, F, 3, H, W), "a": (B, 1, L)}.
 
 def mix(*terms):
@@ -513,7 +632,8 @@ class Diffusion:
     """Eq. 1-7: the schedule that video and audio share, the training loss, the network as a noise estimate."""
     names = {"v": "video", "a": "audio"}
     def __init__(self, cfg):
-        self.T, self.streams, self.seed = cfg.diffusion_steps, cfg.streams, cfg.seed
+        self.cfg, self.T, self.streams, self.seed = cfg, cfg.diffusion_steps, cfg.streams, cfg.seed
+        self.shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
         self.edm, self.levels = cfg.prediction == "edm", cfg.noise_levels
         self.mean, self.std, self.skip = (dict(zip("va", x, strict=True)) for x in
                                           (cfg.data_mean, cfg.data_std, cfg.skip_std))
@@ -588,31 +708,61 @@ class Diffusion:
         return eps
 
 
-def estimate_x0(x, eps, abar):
-    """x_0 from a noise estimate, clamped to [-1, 1]."""
-    return {k: y.clamp(-1, 1) for k, y in mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps)).items()}
+def ddpm_step(x, x0, abar, before, noise_like):
+    """One step of ancestral sampling, eq. 3-6, with variance beta_t: from the noise level abar to `before` it."""
+    beta = 1 - abar / before
+    x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
+    return {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()} if before < 1 else x
 
 
-def ddpm(eps_fn, x, process, noise_like, steps=None):
-    """Ancestral sampling, eq. 3-6, with variance beta_t: T network calls. noise_like(tensor) draws normal noise."""
-    for t in reversed(range(process.T)):
-        abar, beta = float(process.abar[t]), float(process.betas[t])
-        before = float(process.abar[t - 1]) if t else 1.0
-        x0 = estimate_x0(x, eps_fn(x, t), abar)
-        x = mix((beta * before ** 0.5 / (1 - abar), x0), ((1 - before) * (1 - beta) ** 0.5 / (1 - abar), x))
-        if t:
-            x = {k: y + beta ** 0.5 * noise_like(y) for k, y in x.items()}
+def ddim_step(x, x0, abar, before, noise_like):
+    """One step of DDIM with eta = 0, along the noise that the clamped x_0 implies."""
+    eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))
+    return mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
+
+
+def walk(step, eps_fn, x, process, noise_like, steps, given=None, method="replace", guidance=0.0):
+    """From noise to a clip by `step` on evenly spaced noise levels; noise_like(tensor) draws normal noise. given
+    {stream: values}, how the clip begins or all of a stream, is its zero-shot condition (section 3.4): before each step
+    a sample of q(x_t | x_0) replaces that part and after it guide() moves the rest, if the method is not "replace"."""
+    given, guided = given or {}, bool(given) and method != "replace"
+
+    def at(abar, start=x):
+        noise = {k: part(start[k], y) if method == "released" else noise_like(y) for k, y in given.items()}
+        return mix((abar ** 0.5, given), ((1 - abar) ** 0.5, noise))
+
+    times = [i * process.T // steps for i in range(steps)]
+    goal = at(float(process.abar[times[-1]]))
+    for i in reversed(range(steps)):
+        abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
+        x = {k: y.requires_grad_(guided) for k, y in put(goal, x).items()}
+        with torch.set_grad_enabled(guided):
+            x0 = mix((abar ** -0.5, x), (-(1 / abar - 1) ** 0.5, eps_fn(x, times[i])))
+            x0 = {k: y.clamp(-1, 1) for k, y in x0.items()}
+            y, goal = step(x, x0, abar, before, noise_like), at(before)          # eq. 11
+            x = guide(x, y, goal, abar, before, method, guidance) if guided else y
     return x
 
 
-def ddim(eps_fn, x, process, noise_like, steps=25):
-    """DDIM with eta = 0 on `steps` evenly spaced steps."""
-    times = [i * process.T // steps for i in range(steps)]
-    for i in reversed(range(steps)):
-        abar, before = float(process.abar[times[i]]), float(process.abar[times[i - 1]]) if i else 1.0
-        x0 = estimate_x0(x, eps_fn(x, times[i]), abar)
-        eps = mix(((1 - abar) ** -0.5, x), (-(abar / (1 - abar)) ** 0.5, x0))    # what the clamped x_0 implies
-        x = mix((before ** 0.5, x0), ((1 - before) ** 0.5, eps))
+def guide(x, y, goal, abar, before, method, guidance):
+    """Eq. 12: after the step from x to y, move y so that its given part would have come closer to its `goal`. v_t does
+    not depend on a_t, so the gradient is by a_(t+1), in x. The released code has means, and sqrt(abar) at the start."""
+    errors, means = [(part(y[k], c) - c).square() for k, c in goal.items()], method == "released"
+    error = sum(e.sum() / (e[0].numel() if means else 1) for e in errors)
+    scale = abar ** 0.5 * (before < 1) if means else (1 - before) ** 0.5
+    grads = torch.autograd.grad(error, list(x.values()))
+    return {k: y[k].detach() - guidance * scale * g for k, g in zip(x, grads, strict=True)}
+
+
+def part(x, of):  # that part of x, from its beginning, which `of` has
+    return x[tuple(map(slice, of.shape))]
+
+
+def put(given, x):
+    """x with its beginning replaced by what is given."""
+    x = {k: y.detach().clone() for k, y in x.items()}
+    for k, y in given.items():
+        part(x[k], y).copy_(y)
     return x
 
 
@@ -726,8 +876,111 @@ SAMPLERS = {
     "dpm": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="clamp").multistep(x, steps),
     "dpm3": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, x0=False).singlestep3(x, steps),
     "dpm_adaptive": lambda eps, x, p, noise, steps: DPMSolver(eps, p.abar, threshold="dynamic").adaptive2(x),
-    "ddim": ddim, "ddpm": ddpm,
+    "ddim": lambda eps, x, p, noise, steps, *given: walk(ddim_step, eps, x, p, noise, steps, *given),
+    "ddpm": lambda eps, x, p, noise, steps, *given: walk(ddpm_step, eps, x, p, noise, p.T, *given),
 }
+
+
+# ---- Super-resolution: data, loss, sampling
+
+class Frames(torch.utils.data.Dataset):
+    """Clips at sr_size with "low", what is to be enlarged: float32 (F, 3, size, size), means of squares of pixels. With
+    probability `augment` each, low gets Gaussian noise and JPEG's traces and the clip is mirrored (Table A.1)."""
+    def __init__(self, clips, cfg, augment):
+        self.clips, self.seed, self.size, self.augment = clips, cfg.seed, cfg.size, augment
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        clip, draw = self.clips[i], np.random.default_rng(data.clip_key(self.seed, f"augment {i}"))
+        noise, jpeg, mirror = draw.random(3) < self.augment
+        video = np.ascontiguousarray(clip["video"][:, :, ::-1]) if mirror else clip["video"]     # (F, H, W, 3)
+        zoom = video.shape[1] // self.size
+        low = video.reshape(len(video), self.size, zoom, self.size, zoom, 3).mean((2, 4))        # (F, h, w, 3)
+        low = low + noise * draw.uniform(0, 20) * draw.standard_normal(low.shape)
+        if jpeg:
+            quality, low = int(draw.uniform(20, 80)), low.round().clip(0, 255).astype(np.uint8)
+            low = np.stack([imageio.imread(imageio.imwrite("<bytes>", x, "jpg", quality=quality), "jpg") for x in low])
+        return {**clip, "video": video, "low": np.float32(low).transpose(0, 3, 1, 2) / 127.5 - 1}
+
+
+class SRDiffusion(Diffusion):
+    """The diffusion of single frames, whose reverse variance is learned, too (Nichol and Dhariwal 2021). With
+    sr_residual, what bicubic enlargement lacks is diffused, and estimated as with "edm": then minutes are enough."""
+    def origin(self, low):
+        """What is diffused is the frame less this."""
+        size = (self.cfg.sr_size, self.cfg.sr_size)
+        return F.interpolate(low, size, mode="bicubic") if self.cfg.sr_residual else 0
+
+    def predict(self, model, x, low, t):
+        """The network's noise estimate for x (B, 3, H, W), and where the variance lies between its bounds."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))                   # (B,)
+        abar, (out, v) = self.abar.float().to(x.device)[t].view(-1, 1, 1, 1), model(x, low, t).chunk(2, dim=1)
+        if self.cfg.sr_residual:
+            skip, gain = self.scales(self.cfg.sr_residual, abar)
+            out = (x - skip * x - abar.sqrt() * gain * out) / (1 - abar).sqrt()
+        return out, v
+
+    def loss(self, model, batch):
+        """Error in the noise plus the variational term -> loss, {"mse": , "vb": }. The latter, in bits, trains the
+        variance alone. batch: video and low (B, F, 3, H, W), of which the first frame counts; key and u (B,)."""
+        low = batch["low"][:, 0]                                                 # (B, 3, h, w)
+        x0 = batch["video"][:, 0] - self.origin(low)                             # (B, 3, H, W)
+        u, eps = self.noise(batch["key"], {"v": x0.shape[1:]}, x0.device)
+        t, eps = (batch.get("u", u) * self.T).long(), eps["v"]
+        abar = self.abar.float().to(x0.device)[t].view(-1, 1, 1, 1)
+        out, v = self.predict(model, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, low, t)
+        weight = 1 + (1 / abar - 1) / self.cfg.sr_residual ** 2 if self.cfg.sr_residual else 1   # error of x_0 / gain
+        mse = ((out - eps).square() * weight).mean()
+        vb = self.variational(x0, eps, out.detach(), v, t).mean()
+        return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
+
+    def variational(self, x0, eps, out, v, t):
+        """KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) of every pixel, at t = 0 its code length, in bits. p has the
+        mean that the noise estimate `out` gives, and a variance between the two bounds, at v = -1 and v = 1."""
+        beta, abar, before = self.betas, self.abar, torch.cat([self.abar.new_ones(1), self.abar[:-1]])
+        least = beta * (1 - before) / (1 - abar)     # the variance of q
+        least[0] = least[1]                          # else 0
+        rows = torch.stack([least.log(), beta.log(), beta / ((1 - beta) * (1 - abar)).sqrt()])
+        low, high, drift = rows.float().to(x0.device)[:, t].view(3, -1, 1, 1, 1)
+        # Both are Gaussian; here, less the mean of q, which at t = 0 is x_0. p's is off by the error in the noise.
+        q = Normal(torch.zeros_like(low), (low / 2).exp(), validate_args=False)
+        p = Normal(drift * (eps - out), ((low + (v + 1) / 2 * (high - low)) / 2).exp(), validate_args=False)
+        half = p.loc.new_tensor(1 / 255)             # of one of 256 gray levels
+        chance = torch.where(x0 > 0.999, 1.0, p.cdf(half)) - torch.where(x0 < -0.999, 0.0, p.cdf(-half))
+        code = -chance.clamp(min=1e-12).log()
+        return torch.where(t.view(-1, 1, 1, 1) == 0, code, kl_divergence(q, p)) / math.log(2)
+
+
+@torch.no_grad()
+def upsample(model, low, noise, steps):
+    """Frames (F, 3, h, w) in [-1, 1] -> (F, 3, H, W) by DDIM, all from one noise image (3, H, W), against flicker."""
+    process, x = SRDiffusion(model.cfg), {"v": noise.expand(len(low), -1, -1, -1)}
+    x = walk(ddim_step, lambda x, t: {"v": process.predict(model, x["v"], low, t)[0]}, x, process, None, steps)
+    return process.origin(low) + x["v"]
+
+
+def compare(model, clips, n):
+    """Enlarge a frame of each of n clips of a Frames -> a clip (1, n, H, 3*W, 3) uint8 that shows it between bicubic
+    enlargement and the truth, and the mean PSNR of both in dB."""
+    batch = data.to_device(data.val_batches(clips, n, n)[0], next(model.parameters()).device)
+    low, true = batch["low"][:, 0], batch["video"][:, 0]                         # (n, 3, h, w), (n, 3, H, W)
+    noise = torch.randn(true.shape[1:], generator=torch.Generator().manual_seed(model.cfg.seed)).to(true.device)
+    ours = torch.cat([upsample(model, x, noise, model.cfg.sr_steps) for x in low.split(8)]).clamp(-1, 1)
+    cubic = F.interpolate(low, true.shape[-2:], mode="bicubic").clamp(-1, 1)
+    psnr = [float(-10 * ((x - true) / 2).square().flatten(1).mean(1).log10().mean()) for x in (ours, cubic)]
+    return data.to_uint8(torch.cat([cubic, ours, true], dim=-1)[None]).cpu(), *psnr
+
+
+STAGES = {"base": (CoupledUNet, Diffusion), "sr": (SRUNet, SRDiffusion)}
+
+
+def open_clips(cfg, split):
+    """The clips that cfg.stage trains on (split train) or is measured on (val)."""
+    size = {"base": cfg.size, "sr": cfg.sr_size}[cfg.stage]
+    clips = data.open_dataset(cfg.data, split, cfg.frames, size, cfg.fps, cfg.rate, cfg.seed)
+    return Frames(clips, cfg, cfg.augment * (split == "train")) if cfg.stage == "sr" else clips
 
 
 # ---- Training
@@ -790,7 +1043,7 @@ class Muon(torch.optim.AdamW):
             x = torch.stack([p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in ps])    # (N, out, in)
             x = orthogonal(x.mT).mT if shape[0] > shape[1] else orthogonal(x)
             for p, update in zip(ps, x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                 # 0.2 sqrt(max) gives it the size of AdamW's steps, so that one learning rate serves both.
                 p.sub_(0.2 * max(shape) ** 0.5 * group["lr"] * keep * update.view_as(p).nan_to_num())
                 p.grad = None
@@ -808,7 +1061,8 @@ def orthogonal(x):
 
 # Options that may change when a run goes on; any other would make it another run.
 FREE = {"preset", "out", "steps", "amp", "compile", "device", "workers", "grad_accum", "checkpoint", "init_from",
-        "log_every", "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps"}
+        "log_every", "val_every", "val_clips", "save_every", "sample_every", "samples", "sampler", "sample_steps",
+        "method", "guidance", "seconds", "sr_ckpt", "sr_steps"}
 
 
 def save(path, step, cfg, model, ema, optimizer, scaler):
@@ -985,18 +1239,63 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
 # ---- Sampling and the command line
 
+def condition(cfg, n, video, audio):
+    """What sample() was given -> {} or {stream: n clips of one window, float in [-1, 1]}."""
+    if video is None and audio is None:
+        return {}
+    if cfg.streams != "av" or cfg.seconds or (video is not None and audio is not None):
+        raise data.UserError("Give a video or a sound, not both, to a model of both streams, without --seconds.")
+    x = {"v": torch.as_tensor(video).movedim(-1, -3) / 127.5 - 1} if audio is None else \
+        {"a": torch.as_tensor(audio).unsqueeze(-2)}                              # ([n,] F, 3, H, W) or ([n,] 1, L)
+    return {k: y.float().expand(n, *Diffusion(cfg).shapes[k]) for k, y in x.items()}
+
+
+def generate(model, normal, draw, given, cfg):
+    """A batch of clips {stream: values}, from the noise that normal(shape) draws and shifts of the generator `draw`. A
+    clip longer than a window is made window by window: the last half of what there is is given to the next one as its
+    beginning, in both streams, and what that adds is appended. At such a seam the clip goes on as well as cfg.method
+    makes it, knowing of half a window and of nothing older."""
+    process, keep, total = Diffusion(cfg), cfg.frames // 2, round(cfg.seconds * cfg.fps) or cfg.frames
+    eps_fn = process.denoiser(model, draw)
+
+    def window(x0):                                  # x0, continued
+        x = {k: normal(shape) for k, shape in process.shapes.items() if k in cfg.streams}
+        sampler = SAMPLERS[cfg.sampler if not x0 or cfg.sampler == "ddpm" else "ddim"]
+        more = (x0, cfg.method, cfg.guidance) if x0 else ()
+        return put(x0, sampler(eps_fn, x, process, lambda y: normal(y.shape[1:]), cfg.sample_steps, *more))
+
+    def span(x, first, last):                        # these frames and their sound
+        a, b = first * cfg.rate // cfg.fps, last * cfg.rate // cfg.fps
+        return {k: y[:, first:last] if k == "v" else y[:, :, a:b] for k, y in x.items()}
+
+    clip = window(given)
+    for done in range(cfg.frames, total, cfg.frames - keep):
+        new = span(window(span(clip, done - keep, done)), keep, cfg.frames)
+        clip = {k: torch.cat([y, new[k]], 1 if k == "v" else 2) for k, y in clip.items()}
+    return span(clip, 0, total)
+
+
 @torch.no_grad()
 def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
-           guidance=None, seed=0, sampler=None, batch_size=8):
+           guidance=None, seed=0, sampler=None, method=None, seconds=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks. sampler and steps default to the model's config. Clip i depends on (seed, i), not on n or
-    batch_size, but for dpm_adaptive. Raises data.UserError for a condition: this model takes none."""
-    for name in ("prompt", "negative_prompt", "label", "guidance", "video", "audio"):
+    the model lacks. Given one window of video ([n,] F, H, W, 3) uint8 or of audio ([n,] L), generate the other and give
+    it back as it is. Other options are those of Config, by default model.cfg's. Clip i depends on (seed, i), not on n
+    or batch_size, but for dpm_adaptive. Raises data.UserError for what the model cannot do."""
+    if isinstance(model, SRUNet):
+        raise data.UserError("This network enlarges frames: give it as --sr_ckpt, and a --ckpt that makes them.")
+    for name in ("prompt", "negative_prompt", "label"):
         if locals()[name] is not None:
-            raise data.UserError(f"MM-Diffusion generates without conditions: it takes no {name}.")
-    cfg, device, process = model.cfg, next(model.parameters()).device, Diffusion(model.cfg)
-    shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
-    out = {k: [] for k in shapes if k in cfg.streams}
+            raise data.UserError(f"MM-Diffusion knows no words or classes: it takes no {name}.")
+    options = {"sample_steps": steps, "guidance": guidance, "sampler": sampler, "method": method, "seconds": seconds}
+    cfg = dataclasses.replace(model.cfg, **{k: x for k, x in options.items() if x is not None})
+    device, given = next(model.parameters()).device, condition(cfg, n, video, audio)
+    if guidance is not None and (not given or cfg.method == "replace"):
+        raise data.UserError("Guidance is for a given video or sound, with --method gradient or released.")
+    sr = load(cfg.sr_ckpt, device) if cfg.sr_ckpt else None
+    if sr and (not isinstance(sr, SRUNet) or sr.cfg.size != cfg.size or "v" not in cfg.streams):
+        raise data.UserError(f"{cfg.sr_ckpt} does not enlarge frames of {cfg.size} pixels.")
+    out = {k: [] for k in cfg.streams}
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         clips = range(first, min(first + batch_size, n))
         draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")) for i in clips]
@@ -1004,10 +1303,11 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         def normal(shape, draws=draws):              # drawn on the CPU: every device starts from the same noise
             return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
 
-        x = {k: normal(shapes[k]) for k in out}
-        eps_fn = process.denoiser(model, torch.Generator().manual_seed(seed))
-        x = SAMPLERS[sampler or cfg.sampler](eps_fn, x, process, lambda like, normal=normal: normal(like.shape[1:]),
-                                             steps or cfg.sample_steps)
+        x0 = {k: x[clips.start:clips.stop].to(device) for k, x in given.items()}
+        x = generate(model, normal, torch.Generator().manual_seed(seed), x0, cfg)
+        if sr and "v" not in given:                  # one noise image per clip
+            pairs = zip(x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)), strict=True)
+            x["v"] = torch.stack([upsample(sr, v, noise, cfg.sr_steps) for v, noise in pairs])
         for k in out:
             out[k].append(x[k].cpu())
     return (data.to_uint8(torch.cat(out["v"])) if "v" in out else None,
@@ -1015,48 +1315,53 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
 
 
 def load(path, device="cpu", options=()):
-    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, which is taken for
-    the preset that has its names and shapes. options, as on the command line, override the config; for a state dict
-    they tell it. Raises data.UserError when the file is not readable or does not fit."""
+    """A model ready to sample: a checkpoint of ours (its EMA weights), or a released state dict, taken for the preset
+    that has its names and shapes. options, as on the command line, override the config. Raises data.UserError when the
+    file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" in state:
         cfg, state = parse(options, Config(**state["cfg"])), state["ema"]
-    elif options:
-        cfg = parse(options)
     else:
-        shapes = {k: getattr(p, "shape", None) for k, p in state.items()}
-        for preset in PRESETS:
-            cfg = parse(["--preset", preset])
-            with torch.device("meta"):
-                if shapes == {k: p.shape for k, p in CoupledUNet(cfg).state_dict().items()}:
-                    break
-        else:
+        has = {k: getattr(p, "shape", None) for k, p in state.items()}
+        stage = ["--stage", "sr" if "out.0.weight" in has else "base"]
+        with torch.device("meta"):
+            nets = {name: STAGES[stage[1]][0](parse([*stage, "--preset", name])) for name in PRESETS}
+        fits = [["--preset", x] for x, net in nets.items() if has == {k: p.shape for k, p in net.state_dict().items()}]
+        if not (fits or options):
             raise data.UserError(f"{path} fits no preset: give the options that it was trained with.")
-    model = CoupledUNet(cfg)
+        cfg = parse([*stage, *options, *(fits or [[]])[0]])
+    model = STAGES[cfg.stage][0](cfg)
     fill(model, state, path)
     return model.to(device).eval()
 
 
 def main(argv=None):
     cfg = parse(argv)
+    lead, (net, process) = int(os.environ.get("RANK", 0)) == 0, STAGES[cfg.stage]
     try:
         device = setup(cfg)
-        train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
-                      for split in ("train", "val"))
+        train, val = open_clips(cfg, "train"), open_clips(cfg, "val")
         torch.manual_seed(cfg.seed)
-        model = CoupledUNet(cfg)
+        model = net(cfg)
         if cfg.init_from:
-            state = read_checkpoint(cfg.init_from)
-            fill(model, state.get("ema", state), cfg.init_from)
+            state = read_checkpoint(cfg.init_from)   # ADM's own upsampler, which the paper's starts from, has classes
+            state = {k: x for k, x in state.get("ema", state).items() if k != "label_emb.weight"}
+            fill(model, state, cfg.init_from)
         model = model.to(device)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if lead:
             size = sum(p.numel() for p in model.parameters())
             print(f"{size:,} parameters on {device}, data {cfg.data}, to {cfg.out}")
-        fit(model, Diffusion(cfg).loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, seed=cfg.seed))
+        samples = {"base": lambda ema: sample(ema, cfg.samples, seed=cfg.seed),
+                   "sr": lambda ema: (compare(ema, val, cfg.samples)[0], None)}
+        ema = fit(model, process(cfg).loss, cfg, train, val, samples[cfg.stage])
+        if lead and cfg.stage == "sr":
+            _, ours, cubic = compare(ema, val, cfg.val_clips)
+            print(f"PSNR of {min(cfg.val_clips, len(val))} validation frames: {ours:.2f} dB, bicubic {cubic:.2f} dB")
     except data.UserError as error:
         die(f"mm_diffusion.py: {error}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"Samples are in {cfg.out}/samples; more: python sample.py --model mm_diffusion --ckpt {cfg.out}/ckpt.pt")
+    if lead:
+        more = f"python sample.py --model mm_diffusion --{'sr_' * (cfg.stage == 'sr')}ckpt {cfg.out}/ckpt.pt"
+        print(f"Samples are in {cfg.out}/samples; more: {more}")
 
 
 if __name__ == "__main__":

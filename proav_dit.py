@@ -163,7 +163,6 @@ PRESETS = {
 }
 
 
-# same as mm_diffusion.py
 def parse(argv=None, base=None):
     """Command line -> Config: the preset's values, or those of `base`, then the options given. Exits with one line
     when an option or a value is wrong."""
@@ -175,8 +174,8 @@ def parse(argv=None, base=None):
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
-    choices = {"preset": PRESETS, "streams": ("av", "v", "a"), "prediction": ("eps", "edm"), "sampler": SAMPLERS,
-               "optimizer": ("adamw", "muon"), "amp": ("auto", "bf16", "fp16", "off")}
+    choices = {"preset": PRESETS, "stage": ("all", "mdsa", "dit"), "streams": ("av", "v", "a"), "sampler": SAMPLERS,
+               "kl": ("latent", "pixel", "off"), "optimizer": ("adamw", "muon"), "amp": ("auto", "bf16", "fp16", "off")}
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
@@ -203,8 +202,6 @@ def check(cfg):
     parts, samples = int(os.environ.get("WORLD_SIZE", 1)) * cfg.grad_accum, cfg.rate / cfg.fps
     side, columns = max(1, cfg.size // cfg.patch), int(samples) // cfg.hop
     rules = {
-        "--stage is all, mdsa or dit": cfg.stage not in ("all", "mdsa", "dit"),
-        "--kl is latent, pixel or off": cfg.kl not in ("latent", "pixel", "off"),
         "--init_from starts one stage: add --stage mdsa or --stage dit": cfg.init_from and cfg.stage == "all",
         f"--batch_size and --mdsa_batch_size must divide by {parts} (processes x --grad_accum)":
             cfg.batch_size % parts or cfg.mdsa_batch_size % parts,
@@ -1084,7 +1081,7 @@ class Muon(torch.optim.AdamW):
             x = torch.stack([p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in ps])    # (N, out, in)
             x = orthogonal(x.mT).mT if shape[0] > shape[1] else orthogonal(x)
             for p, update in zip(ps, x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                 # 0.2 sqrt(max) gives it the size of AdamW's steps, so that one learning rate serves both.
                 p.sub_(0.2 * max(shape) ** 0.5 * group["lr"] * keep * update.view_as(p).nan_to_num())
                 p.grad = None
@@ -1288,14 +1285,12 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 
 # ---- The two stages
 
-def stage_of(cfg, stage):
-    """The config of one stage: its own sub-folder, step count, batch size and rate under fit()'s names. Options of the
-    generator do not make the autoencoder another one."""
-    rest = {"out": f"{cfg.out}/{stage}"}
-    if stage == "mdsa":
-        rest |= {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text"))}
-        rest |= {k: getattr(cfg, f"mdsa_{k}") for k in ("steps", "batch_size", "lr")}
-    return dataclasses.replace(cfg, **rest)
+def mdsa_config(cfg):
+    """The config of stage mdsa: a sub-folder, its step count, batch size and rate under fit()'s names, and the options
+    of the generator at their defaults, for those do not make it another one."""
+    other = {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text"))}
+    return dataclasses.replace(cfg, **other, out=f"{cfg.out}/mdsa", steps=cfg.mdsa_steps, lr=cfg.mdsa_lr,
+                               batch_size=cfg.mdsa_batch_size)
 
 
 def finished(cfg):
@@ -1311,7 +1306,7 @@ def say(*words):
 
 def autoencoder(cfg, train, val, device):
     """Stage one -> the trained MDSA (EMA weights)."""
-    cfg = stage_of(cfg, "mdsa")
+    cfg = mdsa_config(cfg)
     torch.manual_seed(cfg.seed)
     model = Autoencoding(cfg)
     if finished(cfg):
@@ -1402,7 +1397,6 @@ class Latents(torch.utils.data.Dataset):
 
 def generator(cfg, mdsa, train, val, device):
     """Stage two: train STDiT on the planes of the trained MDSA."""
-    cfg = stage_of(cfg, "dit")
     if finished(cfg):
         return say(f"Stage dit is finished: {cfg.out}/ckpt.pt")
     torch.manual_seed(cfg.seed + 1)
@@ -1466,7 +1460,7 @@ def load(path, device="cpu", options=()):
     override the config. Raises data.UserError when the file is not readable or does not fit."""
     state = read_checkpoint(path)
     if "cfg" not in state or not any(k.startswith("dit.") for k in state["ema"]):
-        raise data.UserError(f"{path} holds no generator: give the ckpt.pt of stage dit.")
+        raise data.UserError(f"{path} holds no generator: give that of stage dit.")
     model = ProAV(parse(options, Config(**state["cfg"])))
     fill(model, state["ema"], path)
     return model.to(device).eval()
@@ -1478,7 +1472,7 @@ def main(argv=None):
         device = setup(cfg)
         train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
                       for split in ("train", "val"))
-        if cfg.stage == "dit" and not finished(stage_of(cfg, "mdsa")):
+        if cfg.stage == "dit" and not finished(mdsa_config(cfg)):
             raise data.UserError(f"Stage dit needs the finished stage mdsa in {cfg.out}/mdsa: run --stage mdsa first.")
         mdsa = autoencoder(cfg, train, val, device)
         if cfg.stage != "mdsa":
@@ -1488,8 +1482,8 @@ def main(argv=None):
     if cfg.stage == "mdsa":
         say(f"Reconstructions are in {cfg.out}/mdsa/samples.")
     else:
-        say(f"Samples are in {cfg.out}/dit/samples; more: python sample.py --model proav_dit "
-            f"--ckpt {cfg.out}/dit/ckpt.pt")
+        say(f"Samples are in {cfg.out}/samples; more: python sample.py --model proav_dit "
+            f"--ckpt {cfg.out}/ckpt.pt")
 
 
 if __name__ == "__main__":

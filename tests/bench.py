@@ -1,7 +1,8 @@
 """Time a model file: python tests/bench.py mm_diffusion [--threads 1] [--repeat 3] [options of the model file]
 
-Prints seconds per forward, training step and sampled clip, clips per second, peak memory, GFLOP/s and their share of
-the matmul rate measured on this machine in the same run, and the loader's time per batch. Nothing is asserted.
+Prints seconds per forward, training step and sampled clip (with --stage sr: enlarged frame), clips per second, peak
+memory, GFLOP/s and their share of the matmul rate measured on this machine in the same run, and the loader's time per
+batch. Nothing is asserted.
 """
 import argparse
 import importlib
@@ -17,8 +18,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 
 
+def mm_diffusion(module, cfg):
+    """-> network, loss function, data set, and a function that samples n clips (--stage sr: enlarges n frames)."""
+    net, process = module.STAGES[cfg.stage]
+    net, noise = net(cfg), torch.zeros(3, cfg.sr_size, cfg.sr_size)
+
+    def sample(n):
+        if cfg.stage == "base":
+            return module.sample(net.eval(), n)
+        device = next(net.parameters()).device
+        return module.upsample(net.eval(), torch.zeros(n, 3, cfg.size, cfg.size, device=device), noise.to(device),
+                               cfg.sr_steps)
+
+    return net, process(cfg).loss, module.open_clips(cfg, "train"), sample
+
+
 def proav_dit(module, cfg):
-    """The generator, its training step with the batch's latents at hand or, with --cache_latents 0, encoded anew."""
+    """The same of the generator; the latents are at hand or, with --cache_latents 0, encoded anew in every step."""
     model, cache = module.ProAV(cfg), {}
     flow = module.ReflectedFlow(model)
 
@@ -26,11 +42,12 @@ def proav_dit(module, cfg):
         if cfg.cache_latents and not cache:
             cache["audio"] = model.encode(model.streams(batch["video"], batch["audio"]))[:, None]
         return flow.loss(net, {**batch, **cache})
-    return model, loss
+
+    clips = data.open_dataset(cfg.data, "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
+    return model, loss, clips, lambda n: module.sample(model.eval(), n, prompt="a video of a red ball bouncing")
 
 
-BUILD = {"mm_diffusion": lambda module, cfg: (module.CoupledUNet(cfg), module.Diffusion(cfg).loss),
-         "proav_dit": proav_dit}
+BUILD = {"mm_diffusion": mm_diffusion, "proav_dit": proav_dit}
 
 
 def seconds(f, repeat, device):
@@ -57,12 +74,11 @@ def main():
     module = importlib.import_module(args.model)
     cfg = module.parse(rest)
     device = module.setup(cfg)
-    model, loss_fn = BUILD[args.model](module, cfg)
+    model, loss_fn, clips, sample = BUILD[args.model](module, cfg)
     model = model.to(device)
     net = torch.compile(model) if cfg.compile else model
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, fused=device.type != "mps")
-    clips = data.open_dataset("toy", "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
     batch = data.to_device(next(data.loader(clips, cfg.batch_size, 0, 1)), device)
 
     def loss():
@@ -98,8 +114,9 @@ def main():
         share = f"{speed:9.1f} GFLOP/s, {speed / rate:.0%} of a matmul's {rate:.0f}"
         print(f"{name:16}{t:9.3f} s {B / t:9.2f} clips/s {share}")
     if not args.no_sample:
-        t = seconds(lambda: module.sample(model.eval(), B), 1 if args.repeat else 0, device) / B
-        print(f"{'sampling':16}{t:9.3f} s a clip, {cfg.sample_steps} steps, in batches of up to 8")
+        t, sr = seconds(lambda: sample(B), 1 if args.repeat else 0, device) / B, cfg.stage == "sr"
+        what = f"frame, {cfg.sr_steps} DDIM" if sr else f"clip, {cfg.sample_steps} {cfg.sampler}"
+        print(f"{'sampling':16}{t:9.3f} s a {what} steps, in batches of up to {B if sr else min(B, 8)}")
     print(f"{'loading':16}{load:9.4f} s a batch, in this process")
     print(f"{'peak memory':16}{peak:9.2f} GiB ({forward_peak:.2f} after forward alone)")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import metrics
 import mm_diffusion as mm
 import proav_dit as pa
 
@@ -117,14 +118,39 @@ def test_unet_grad(path):
         assert error <= 1e-4 * p.grad.abs().sum().item() + 1e-6, name
 
 
+@files("sr_unet")
+def test_sr_unet(path):
+    d = load(path)
+    c = d["config"]
+    net = from_recipe(mm.SRUNet(mm.Config(width=c["model_channels"], mult=tuple(c["channel_mult"]), dropout=0.0,
+                                          res_blocks=c["num_res_blocks"], heads=c["num_heads"],
+                                          video_attention=tuple(c["attention_resolutions"]))), d["seed"])
+    if "shapes" in d:
+        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
+    if "state_dict" in d:
+        assert list(d["state_dict"]) == list(net.state_dict())
+        net.load_state_dict(d["state_dict"])
+    assert sum(p.numel() for p in net.parameters()) == d["n_params"]
+    out = net(d["x"], d["low_res"], d["timesteps"])
+    close(out, d["out"])
+    loss = (out ** 2).mean()
+    assert loss.item() == pytest.approx(d["loss"], rel=1e-4)
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad.norm().item() == pytest.approx(d["grad_norm"][name], rel=1e-4, abs=1e-6), name
+
+
 def test_paper_names_and_shapes():
-    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())["mm_diffusion"]
+    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())
     with torch.device("meta"):
         net = mm.CoupledUNet(mm.parse(["--preset", "paper"]))
         wide = mm.CoupledUNet(mm.parse(["--preset", "audioset"]))
-    assert list(keys.items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
+        sr = mm.SRUNet(mm.parse(["--preset", "paper", "--stage", "sr"]))
+    assert list(keys["mm_diffusion"].items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
+    assert list(keys["sr"].items()) == [(k, list(p.shape)) for k, p in sr.state_dict().items()]
     assert sum(p.numel() for p in net.parameters()) == 133_675_524
     assert sum(p.numel() for p in wide.parameters()) == 534_017_028
+    assert sum(p.numel() for p in sr.parameters()) == 311_027_910
 
 
 def analytic_eps(d):
@@ -190,6 +216,12 @@ def recipe_noise(name, shape):
     return torch.from_numpy(z.astype(np.float32))
 
 
+def step_noise():
+    """The normal draws of a golden run, in order."""
+    calls = iter(range(10**6))
+    return lambda v: recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
+
+
 def coupled_eps(x, t):
     """The analytic network of the samplers' golden file: both modalities enter both outputs."""
     v, a = x["v"], x["a"]
@@ -209,15 +241,31 @@ def test_ddpm_and_ddim(path):
     process = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"])))
     close(process.betas, torch.tensor(d["betas_T50"], dtype=torch.float64), 1e-12)
     close(process.abar, torch.tensor(d["alphas_cumprod_T50"], dtype=torch.float64), 1e-12)
-    calls = iter(range(10**6))
-
-    def noise_like(v):
-        return recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
-
-    for name, sampler, steps, p in (("ddpm", mm.ddpm, None, process), ("ddim50", mm.ddim, 50, process),
-                                    ("ddim25_of_1000", mm.ddim, 25, mm.Diffusion(mm.Config()))):
-        out = sampler(coupled_eps, x, p, noise_like, steps)
+    for name, sampler, steps, p in (("ddpm", "ddpm", None, process), ("ddim50", "ddim", 50, process),
+                                    ("ddim25_of_1000", "ddim", 25, mm.Diffusion(mm.Config()))):
+        out = mm.SAMPLERS[sampler](coupled_eps, x, p, step_noise(), steps)
         close(out["v"], d["cases"][name]["video"]), close(out["a"], d["cases"][name]["audio"])
+
+
+@files("samplers_zero_shot")
+def test_zero_shot_as_released(path):
+    """The released code's conditional sampling. Its guidance is of the mean over the batch, ours over each clip."""
+    d = load(path)
+    x = {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
+    process, seen = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"]))), set()
+    for case in d["cases"].values():
+        if "condition" not in case:
+            continue
+        name, k = case["condition"], case["condition"][0]
+        guidance = case["class_scale"] * (2 ** 20 if case["use_fp16"] else 1) / len(x[k])
+        given = {k: d["cond"][name]}
+        out = mm.SAMPLERS["ddpm"](coupled_eps, x, process, step_noise(), None, given, "released", guidance)
+        if guidance:                             # it hands back the condition as that went into the last step
+            abar = process.abar[0].float()
+            out[k] = abar.sqrt() * given[k] + (1 - abar).sqrt() * x[k]
+        close(out["v"], case["video"]), close(out["a"], case["audio"])
+        seen.add((name, guidance > 0))
+    assert len(seen) == 4                        # both directions, replacement and guidance
 
 
 @files("mm_unet", without=("shift", "recipe.", "noss", "tiny."))
@@ -231,6 +279,72 @@ def test_training_loss(path):
     assert loss.item() == pytest.approx(d["train_terms"]["loss"].mean().item(), rel=1e-4)
     assert parts["video"].item() == pytest.approx(d["train_terms"]["mse_video"].mean().item(), rel=1e-4)
     assert parts["audio"].item() == pytest.approx(d["train_terms"]["mse_audio"].mean().item(), rel=1e-4)
+
+
+@files("metrics_fixtures")
+def test_metrics(path):
+    d = load(path)
+    for case in d.get("frechet_mmd", {}).values():
+        x, y = case["x"], case["y"]
+        assert metrics.frechet(x, y) == pytest.approx(max(0, case["fd"]), rel=1e-6, abs=1e-9)
+        # Sums over batches; where n < D the root of a rank-deficient covariance loses digits.
+        a, b = (sum(metrics.moments(part) for part in z.split(7)) for z in (x, y))
+        assert metrics.frechet_of_moments(a, b) == pytest.approx(max(0, case["fd"]), rel=1e-6, abs=1e-5)
+        assert metrics.mmd(x, y) == pytest.approx(case["mmd2"], rel=1e-6)
+    if c := d.get("mmd_blocks"):
+        case = d["frechet_mmd"][c["case"]]
+        mean, std, values = metrics.mmd_blocks(case["x"], case["y"], c["block"])
+        assert [mean, std, *values] == pytest.approx([c["mean"], c["std"], *c["values"]], rel=1e-6)
+    if c := d.get("inception"):
+        assert metrics.inception_score(c["logits"])[0] == pytest.approx(c["is_exact"], rel=1e-6)
+        assert metrics.inception_score(c["logits"], eps=1e-7)[0] == pytest.approx(c["is_mmdiffusion_eps1e7"], rel=1e-6)
+        mean, std, values = metrics.inception_score(c["logits"], 4)
+        assert values == pytest.approx(c["is_4_splits"], rel=1e-6)
+        assert [mean, std] == pytest.approx([c["is_4_splits_mean"], c["is_4_splits_std"]], rel=1e-6)
+    if c := d.get("kl"):
+        real, fake = c["logits_ref"], c["logits_gen"]
+        assert metrics.paired_kl(real, fake) == pytest.approx(c["kl_ref_gen"], rel=1e-6)
+        assert metrics.paired_kl(fake, real) == pytest.approx(c["kl_gen_ref"], rel=1e-6)
+        assert metrics.paired_kl(real, fake, "softmax_eps") == pytest.approx(c["kl_softmax_eps1e6"], rel=1e-6)
+        assert metrics.paired_kl(real, fake, "sigmoid_eps") == pytest.approx(c["kl_sigmoid_eps1e6"], rel=1e-6)
+    if c := d.get("mi"):  # the figures have no shrinkage
+        assert metrics.mi_gaussian(c["x"], c["y"], shrinkage=0) == pytest.approx(c["gaussian_estimate"], rel=1e-6)
+        assert metrics.mi_histogram(c["x"], c["y"]) == pytest.approx(c["hist16_estimate"], rel=1e-6)
+        assert metrics.mi_ksg(c["x"], c["y"]) == pytest.approx(c["analytic"], abs=0.03)
+        multi = metrics.mi_gaussian(c["x_multi"], c["y_multi"], shrinkage=0)
+        assert multi == pytest.approx(c["gaussian_multi"], rel=1e-6)
+    if c := d.get("psnr"):
+        close(metrics.psnr(c["x"], c["y"], c["data_range"]), torch.tensor(c["per_item"]).double(), 1e-6)
+        whole = metrics.psnr(c["x"][None], c["y"][None], c["data_range"])[0].item()
+        assert whole == pytest.approx(c["of_mean_mse"], rel=1e-6)
+    if c := d.get("sisdr"):
+        close(metrics.si_sdr(c["est"], c["ref"]), torch.tensor(c["per_item"]).double(), 1e-6)
+    if c := d.get("cosine"):
+        assert metrics.cosine_score(c["a"], c["b"])[0] == pytest.approx(c["mean"], abs=1e-6)
+
+
+@files("av_align_fixtures")
+def test_av_align(path):
+    d = load(path)
+    for c in d.get("peak_lists", ()):
+        args = c["audio_peaks"], c["video_peaks"], c["fps"]
+        assert metrics.av_align_iou(*args) == pytest.approx(c["tempotokens_iou"], nan_ok=True), c["name"]
+        assert metrics.av_align_mean(*args, 3) == pytest.approx(c["proav_avg_win3"]), c["name"]
+        assert metrics.av_align_mean(*args, 1) == pytest.approx(c["proav_avg_win1"]), c["name"]
+    for c in d.get("local_max", ()):
+        assert metrics.peak_times(c["traj"], c["fps"]) == c["peaks"]
+    for c in d.get("onsets", ()):
+        strength = metrics.onset_envelope(c["wav"][None], c["sr"], c["hop"], c["n_fft"])[0]
+        close(strength, c["envelope"].double(), 2e-5)
+        assert metrics.onset_frames(strength, c["sr"], c["hop"]) == c["onset_frames"], c["name"]
+        assert metrics.onset_times(c["wav"], c["sr"]) == pytest.approx(c["resampled22050_onset_times"]), c["name"]
+    for c in d.get("flow", ()):
+        flow = metrics.optical_flow(c["frames_gray"][None].float())[0]  # (F - 1, 2, H, W)
+        speed, theirs = flow.norm(dim=1).mean((1, 2)), torch.tensor(c["mean_flow_magnitude"])
+        assert ((speed - theirs).abs() <= 0.01 + 0.02 * theirs).all(), c["name"]
+        assert (flow[0].permute(1, 2, 0) - c["first_flow"]).norm(dim=-1).mean() <= 0.005
+        peaks = metrics.peak_times([speed[0], *speed], 1)
+        assert peaks == c["video_peak_frames"], c["name"]
 
 
 # ---- proav_dit.py

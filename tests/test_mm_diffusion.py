@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -374,8 +375,10 @@ def test_sample_py_writes_a_page(trained, tmp_path, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == [*names, "index.html"]
     page = (out / "index.html").read_text()
     assert all(f'src="00{i}.{kind}"' in page for i in (0, 1) for kind in ("mp4", "wav", "png")) and "http" not in page
-    sample.main(args)
-    assert (tmp_path / "out" / "mm_diffusion" / "samples_002" / "index.html").exists()
+    sample.main([*args, "--npz"])
+    assert (out.parent / "samples_002" / "index.html").exists()
+    with np.load(out.parent / "samples_002" / "clips.npz") as f:
+        assert f["video"].shape[0] == f["audio"].shape[0] == 2 and (f["video"].dtype, f["fps"]) == (np.uint8, 10)
     with pytest.raises(SystemExit, match="not empty"):
         sample.main([*args, "--out", str(out)])
     with pytest.raises(SystemExit, match="takes no prompt"):
