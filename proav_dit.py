@@ -714,7 +714,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, turn=None, mask=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)       # (N, n, heads, d) each
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                         # (N, heads, n, d)
