@@ -33,7 +33,21 @@ def mm_diffusion(module, cfg):
     return net, process(cfg).loss, module.open_clips(cfg, "train"), sample
 
 
-BUILD = {"mm_diffusion": mm_diffusion}
+def proav_dit(module, cfg):
+    """The same of the generator; the latents are at hand or, with --cache_latents 0, encoded anew in every step."""
+    model, cache = module.ProAV(cfg), {}
+    flow = module.ReflectedFlow(model)
+
+    def loss(net, batch):
+        if cfg.cache_latents and not cache:
+            cache["audio"] = model.encode(model.streams(batch["video"], batch["audio"]))[:, None]
+        return flow.loss(net, {**batch, **cache})
+
+    clips = data.open_dataset(cfg.data, "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
+    return model, loss, clips, lambda n: module.sample(model.eval(), n, prompt="a video of a red ball bouncing")
+
+
+BUILD = {"mm_diffusion": mm_diffusion, "proav_dit": proav_dit}
 
 
 def seconds(f, repeat, device):

@@ -12,6 +12,7 @@ import torch
 
 import metrics
 import mm_diffusion as mm
+import proav_dit as pa
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -344,3 +345,114 @@ def test_av_align(path):
         assert (flow[0].permute(1, 2, 0) - c["first_flow"]).norm(dim=-1).mean() <= 0.005
         peaks = metrics.peak_times([speed[0], *speed], 1)
         assert peaks == c["video_peak_frames"], c["name"]
+
+
+# ---- proav_dit.py
+
+PVDM_PLANES = {"xy": "hw", "yt": "tw", "xt": "th"}
+
+
+def pvdm_state(d, stream):
+    """PVDM's weights under our names: linear layers for its 1x1 convolutions, mean and log-variance for its latent."""
+    state, c = stream.state_dict(), d["config"]
+    for key, w in d["state_dict"].items():
+        if key == "coords" or "rot_emb" in key:
+            continue
+        for theirs, ours in PVDM_PLANES.items():
+            for a, b in (("{}_quant_attn", "project.{}"), ("{}_token", "project.{}.token"), ("pre_{}", "pre.{}"),
+                         ("{}_pos_embedding", "project.{}.table"), ("post_{}", "post.{}")):
+                key = key.replace(a.format(theirs), b.format(ours))
+        key = key.replace("encoder.to_patch_embedding", "to_patch").replace("to_out.0", "to_out")
+        key = key.replace("net.0", "0").replace("net.3", "2").replace("to_pixel.1", "to_pixel")
+        if key == "to_pixel.weight":
+            w = w.permute(2, 3, 1, 0).flatten(0, 2)                              # (p * p * 3, D), channels fastest
+        elif key == "to_pixel.bias":
+            w = w.repeat(c["patch"] ** 2)
+        elif key.startswith("pre."):
+            w = torch.cat([w.flatten(1) if w.dim() > 1 else w, torch.zeros_like(w.flatten(1) if w.dim() > 1 else w)])
+        else:
+            w = w.reshape(state[key].shape)
+        assert state[key].shape == w.shape
+        state[key] = w
+    return state
+
+
+@files("pvdm_projection")
+def test_pvdm(path):
+    d = load(path)
+    c = d["config"]
+    cfg = pa.Config(frames=c["T"], size=c["res"], patch=c["patch"], width=c["channels"], depth=c["depth"],
+                    decoder_depth=c["depth"], heads=c["heads"], head_dim=c["dim_head"], ff_mult=c["ff_mult"],
+                    plane_channels=c["embed_dim"], proj_depth=c["proj_depth"], proj_heads=c["proj_heads"],
+                    proj_mlp=c["proj_mlp"])
+    stream = pa.Stream(cfg, 3, (cfg.patch, cfg.patch), pvdm=True)
+    stream.load_state_dict(pvdm_state(d, stream))
+    x = d["x"].transpose(1, 2)                                                   # (B, F, 3, H, W)
+    # The file in tests/golden is cut down to one of the three projections, which are alike; GOLDEN_DIR has them all.
+    whole = {theirs: ours for theirs, ours in PVDM_PLANES.items() if f"{theirs}_token" in d["state_dict"]}
+    with torch.no_grad():
+        u = stream.encoder(stream.to_patch(stream.patches(x)))
+        close(u.flatten(1, 3), d["enc_tokens"])
+        planes, z = stream.planes(x), {}
+        for theirs, ours in whole.items():
+            close(planes[ours].flatten(0, 2), d[f"proj_first_token_{theirs}"])
+            mean = stream.pre[ours](planes[ours]).chunk(2, -1)[0]
+            close(torch.tanh(mean).permute(0, 3, 1, 2), d[f"z_{theirs}"])
+        z = {ours: d[f"z_{theirs}"].permute(0, 2, 3, 1) for theirs, ours in PVDM_PLANES.items()}
+        Z = stream.expand(z)
+        close(Z.permute(0, 4, 1, 2, 3), d["dec_in"])
+        close(stream.decoder(Z).flatten(1, 3), d["dec_tokens"])
+        close(2 * torch.sigmoid(stream.render(Z)).flatten(0, 1) - 1, d["recon"])
+
+
+@files("rfm_reflect")
+def test_reflection(path):
+    d = load(path)
+    folded, walls = pa.reflect(d["points"])
+    near = d["points"].abs() < 1000
+    close(folded[near], d["reflected"][near])
+    close(folded, d["reflected"], 1e-3)
+    assert torch.equal(walls[near], d["n_reflections"][near].to(walls))
+
+    def velocity(t, x):
+        v = d["amp"] * torch.cos(d["freq"] * t + d["phase"]) + d["sin_gain"] * torch.sin(d["sin_freq"] * x)
+        return v + d["flip_gain"] * x.flip(1)
+
+    steps = len(d["ts"]) - 1
+    close(pa.euler(velocity, d["x0"], steps), d["traj"][-1])
+    folds = []
+    x = d["x0"]
+    for i in range(steps):
+        x, walls = pa.reflect(x + velocity(i / steps, x) / steps)
+        close(x, d["traj"][i + 1])
+        folds.append((walls > 0).sum())
+    assert sum(folds) == d["n_clipped_events"]
+
+
+@files("stdit3_block")
+def test_stdit3_block(path):
+    d = load(path)
+    c, i = d["config"], d["inputs"]
+    x = i["x"].unflatten(1, (c["T"], c["S"]))
+    close(pa.rotate(d["rope_in"].transpose(1, 2), pa.line(c["T"], d["rope_in"].shape[-1])),
+          d["rope_out"].transpose(1, 2))
+    for kind in ("spatial", "temporal"):
+        block, want = pa.STDiT3Block(c["hidden_size"], c["num_heads"], kind == "temporal"), d[kind]
+        block.load_state_dict(want["state_dict"])
+        turn = pa.line(c["T"], block.head_dim) if block.temporal else None
+        mask, t6 = i["y_mask"].bool(), i["t_mlp"][:, None]
+        framed = torch.where(i["x_mask"][..., None], t6, i["t0_mlp"][:, None])   # (B, T, 6 D): a t of each frame's own
+        with torch.no_grad():
+            close(block.attn(want["attn_in"], turn), want["attn_out"])
+            close(block.cross_attn(i["x"], i["y_padded"], mask), want["cross_attn_out"])
+            close(block(x, i["y_padded"], t6, mask).flatten(1, 2), want["output_textmask"])
+            close(block(x, i["y_padded"], t6).flatten(1, 2), want["output_fulltext"])
+            close(block(x, i["y_padded"], framed, mask).flatten(1, 2), want["output_xmask"])
+
+
+def test_proav_paper_sizes():
+    with torch.device("meta"):
+        model = pa.ProAV(pa.parse(["--preset", "paper"]))
+    # Blocks, t, text MLP and so on as in Open-Sora, 4 output channels, and an embedding for each plane. Paper: 702 M.
+    assert pa.count(model.dit) == 697_495_696
+    assert pa.count(model.mdsa) == 141_131_768      # two PVDM autoencoders (124.1 M) and the attention that links them
