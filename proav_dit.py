@@ -19,7 +19,7 @@ straight paths from noise to data that bounce off the walls of the cube [-1, 1],
         | TimeSformer, un-embed                      | TimeSformer, un-embed, Griffin-Lim
     video                                        audio
 
-    python proav_dit.py                                             # toy, all stages: MINUTES on 2 cores
+    python proav_dit.py                                             # toy, all stages
     torchrun --nproc_per_node=4 proav_dit.py --data concerts        # your videos, after `python data.py prepare`
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
     python sample.py --model proav_dit --video my.mp4               # sound for a video; --audio: video for a sound
