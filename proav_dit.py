@@ -115,6 +115,7 @@ class Config:
     dit_width: int = 1152            # features of a token
     dit_depth: int = 16              # pairs of a spatial and a temporal block
     dit_heads: int = 16              # heads of their attention
+    dit_rope: bool = False           # rotary positions in the spatial blocks too: what a short training needs most
     text: str = "bytes"              # bytes: an encoder learned here; else the folder of a T5 encoder
     text_width: int = 4096           # features of a word (T5 XXL: 4096)
     text_tokens: int = 120           # words read of a caption, its opening included
@@ -152,13 +153,14 @@ PRESETS = {
     "toy": dict(data="toy:bounce,glide,pulse", size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4,
                 width=64, depth=1, decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128,
                 blocks=(4, 4, 4), adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4,
-                mdsa_lr=1e-2, dit_width=128, dit_depth=3, dit_heads=4, text_width=64, text_tokens=20, guidance=3.0,
-                cache_latents=2048, steps=1000, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05, warmup=20,
-                ema=0.99, val_every=250, val_clips=32, save_every=100, sample_every=500),
+                mdsa_lr=1e-2, dit_width=128, dit_depth=3, dit_heads=4, dit_rope=True, text_width=64, text_tokens=20,
+                guidance=2.0, cache_latents=2048, steps=1500, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05,
+                warmup=20, ema=0.99, val_every=300, val_clips=32, save_every=100, sample_every=1500),
     "small": dict(size=64, n_mels=64, hop=25, n_fft=512, patch=4, width=128, depth=4, decoder_depth=4, heads=4,
                   head_dim=32, proj_depth=2, proj_mlp=256, blocks=(4, 4, 4), disc_width=32, disc_start=8000,
-                  mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, text_width=256,
-                  text_tokens=24, cache_latents=20000, steps=20000, lr=3e-4, warmup=200, ema=0.999, val_every=1000),
+                  mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, dit_rope=True,
+                  text_width=256, text_tokens=24, cache_latents=20000, steps=20000, lr=3e-4, warmup=200, ema=0.999,
+                  val_every=1000),
     "paper": {},
 }
 
@@ -756,11 +758,12 @@ class STDiT3Block(nn.Module):
         self.attn, self.cross_attn = SelfAttention(width, heads), CrossAttention(width, heads)
         self.mlp = Mlp(width, 4 * width, width)
 
-    def forward(self, x, y, t6, y_mask=None, valid=None):
-        """x (B, T, S, D); y (B, M, D) with y_mask (B, M); t6 (B, 1 or T, 6 * D); valid (T, S): tokens that exist."""
+    def forward(self, x, y, t6, y_mask=None, valid=None, turn=None):
+        """x (B, T, S, D); y (B, M, D) with y_mask (B, M); t6 (B, 1 or T, 6 * D); valid (T, S): tokens that exist; turn:
+        rotary positions of the S places, for a spatial block."""
         table = self.scale_shift_table + t6.unflatten(-1, (6, -1))               # (B, 1 or T, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table[:, :, :, None].unbind(2)    # (B, 1 or T, 1, D) each
-        h, turn = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1, None
+        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
         if self.temporal:
             h, turn = h.transpose(1, 2), line(x.shape[1], self.head_dim, x.device)               # (B, S, T, D)
             valid = None if valid is None else valid.T
@@ -793,7 +796,7 @@ class STDiT(nn.Module):
     def __init__(self, cfg, valid):
         super().__init__()
         D, heads, values = cfg.dit_width, cfg.dit_heads, 4 * cfg.plane_channels
-        self.fps, self.padded = cfg.fps, cfg.size // cfg.patch != cfg.frames
+        self.cfg, self.padded = cfg, cfg.size // cfg.patch != cfg.frames
 
         def mlp(i):
             return nn.Sequential(nn.Linear(i, D), nn.SiLU(), nn.Linear(D, D))
@@ -821,11 +824,12 @@ class STDiT(nn.Module):
         x = self.x_embedder(x.flatten(4).flatten(2, 3))                          # (B, P, S, D)
         x = x + place_embedding(rows, columns, x.shape[-1], x.device) + self.plane_embedding
         t = self.t_embedder(time_embedding(1000 * t, 256))
-        t = t + self.fps_embedder(time_embedding(torch.full((1,), self.fps, device=x.device), 256))      # (B, D)
+        t = t + self.fps_embedder(time_embedding(torch.full((1,), self.cfg.fps, device=x.device), 256))      # (B, D)
         t6, y = self.t_block(t)[:, None], self.y_proj(text)
         valid = self.valid.repeat_interleave(columns, 1) if self.padded else None                # (P, S)
+        turn = grid((rows, columns), x.shape[-1] // self.cfg.dit_heads, x.device) if self.cfg.dit_rope else None
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = temporal(spatial(x, y, t6, mask, valid), y, t6, mask, valid)
+            x = temporal(spatial(x, y, t6, mask, valid, turn), y, t6, mask, valid)
         shift, scale = (self.final_table + t[:, None])[:, :, None, None].unbind(1)               # (B, 1, 1, D)
         x = self.final_linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
         x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, columns))             # (B, P, R/2, L/2, 2, 2, C)

@@ -238,6 +238,22 @@ def test_padding_is_neither_seen_nor_changed():
         assert ((model(y, t, words, mask) - v).abs().amax((0, 2, 3, 4)) > 0).all()
 
 
+def test_rotary_places_make_a_spatial_block_tell_neighbors_apart():
+    torch.manual_seed(0)
+    block, x, y, t6 = pa.STDiT3Block(16, 2), torch.randn(1, 3, 8, 16), torch.randn(1, 2, 16), torch.randn(1, 1, 96)
+    turn, order = pa.grid((4, 2), 8), torch.randperm(8)
+    plain, turned = block(x, y, t6), block(x, y, t6, turn=turn)
+    assert (plain - turned).abs().max() > 1e-3
+    assert (block(x[:, :, order], y, t6) - plain[:, :, order]).abs().max() < 1e-5            # a set of tokens
+    assert (block(x[:, :, order], y, t6, turn=turn) - turned[:, :, order]).abs().max() > 1e-3
+    assert (block(x[:, :, order], y, t6, turn=turn[:, order]) - turned[:, :, order]).abs().max() < 1e-5
+    x, t = torch.randn(1, 6, 8, 8, 4), torch.tensor([0.3])
+    words, mask = pa.read(["a ball"], tiny(), "cpu")
+    cfgs = (tiny("--frames", "8", "--size", "16", "--dit_rope", flag) for flag in ("true", "false"))
+    one, two = (net_of(pa.ProAV, cfg)(x, t, words, mask) for cfg in cfgs)
+    assert (one - two).abs().max() > 1e-3
+
+
 def test_text_and_time_matter_and_the_fresh_velocity_is_zero():
     cfg = tiny()
     model, t = net_of(pa.ProAV, cfg), torch.tensor([0.2, 0.7])
