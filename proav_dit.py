@@ -19,7 +19,7 @@ straight paths from noise to data that bounce off the walls of the cube [-1, 1],
         | TimeSformer, un-embed                      | TimeSformer, un-embed, Griffin-Lim
     video                                        audio
 
-    python proav_dit.py                                             # toy, all stages
+    python proav_dit.py                                             # toy, both stages: 9 minutes on 2 cores
     torchrun --nproc_per_node=4 proav_dit.py --data concerts        # your videos, after `python data.py prepare`
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
     python sample.py --model proav_dit --video my.mp4               # sound for a video; --audio: video for a sound
@@ -30,7 +30,9 @@ best linear code of some clips, every residual branch at zero, and its output is
 be downloaded, is replaced by perceptual(). 4. Autoencoder and discriminators step together (PVDM: in turn). 5. Text is
 read by a small encoder learned here (--text FOLDER: a T5), and captions vary in training, so that short prompts work.
 6. Sound for a video and the reverse, by leading the given planes along their straight path, is ours. 7. Stage dit does
-not start from an autoencoder that trivial codes beat. 8. toy has other sizes and learns with --optimizer muon.
+not start from an autoencoder that trivial codes beat. 8. toy has other sizes, no discriminators, --optimizer muon. 9.
+toy and small turn queries and keys in the spatial blocks too (--dit_rope): with sinusoids at the input alone, rows of a
+plane did not find each other in minutes, and balls jumped.
 
 The paper is silent or contradicts itself on the following. 1. STDiT of 702 M: only 16 pairs of blocks, width 1152,
 come near, with 697.5 M (16 blocks in all: 357 M; MDSA, 141.1 M, apart). 2. Patches of 4 do not make 32 x 32 latents of
@@ -1434,20 +1436,24 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
            guidance=None, seed=0, sampler=None, batch_size=8):
     """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
     the model lacks. prompt: text, or n of them; label: a class, for "a video of <label>"; neither: any clip. video
-    (F, H, W, 3) uint8 or audio (L,) comes back as it is, with the other stream made for it. Clip i depends on
+    ([n,] F, H, W, 3) uint8 or audio ([n,] L) comes back as it is, with the other stream made for it. Clip i depends on
     (seed, i), not on n or batch_size. Raises data.UserError for conditions that exclude each other."""
     if (prompt and label) or (video is not None and audio is not None):
         raise data.UserError("Give a prompt or a label, and a video or an audio, not both.")
     if (video is not None or audio is not None) and model.cfg.streams != "av":
         raise data.UserError("This model was trained for one stream: there is nothing to generate from the other.")
-    cfg, device, out, x = model.cfg, next(model.parameters()).device, {"v": [], "a": []}, None
+    cfg, device, out = model.cfg, next(model.parameters()).device, {"v": [], "a": []}
     captions = prompt if isinstance(prompt, list) else [prompt or (f"a video of {label}" if label else "")] * n
-    video, audio = (None if y is None else torch.as_tensor(np.asarray(y))[None].to(device) for y in (video, audio))
-    if video is not None or audio is not None:
-        pixels = None if video is None else video.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-        x = model.encode(model.streams(pixels, None if audio is None else audio.float()[:, None]))
+    if video is not None:
+        video = torch.as_tensor(np.asarray(video)).expand(n, -1, -1, -1, -1)
+    if audio is not None:
+        audio = torch.as_tensor(np.asarray(audio)).float().expand(n, -1)
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
-        part = captions[first:first + batch_size]
+        part, x = captions[first:first + batch_size], None
+        if video is not None or audio is not None:
+            v = None if video is None else video[first:first + batch_size].to(device).movedim(-1, 2) / 127.5 - 1
+            a = None if audio is None else audio[first:first + batch_size, None].to(device)
+            x = model.encode(model.streams(v, a))
         draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {first + i}")) for i in range(len(part))]
         z = ReflectedFlow(model).sample(part, negative_prompt or "", cfg.guidance if guidance is None else guidance,
                                         steps or cfg.sample_steps, sampler or cfg.sampler, draws, x, device)
@@ -1455,8 +1461,7 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
             out[k] += [] if y is None else [y.cpu()]
     v = data.to_uint8(torch.cat(out["v"])) if out["v"] else None
     a = torch.cat(out["a"]).clamp(-1, 1) if out["a"] else None
-    return (v if video is None else video.cpu().expand(n, -1, -1, -1, -1),
-            a if audio is None else audio.cpu().float().expand(n, -1))
+    return v if video is None else video.cpu(), a if audio is None else audio.cpu()
 
 
 def load(path, device="cpu", options=()):

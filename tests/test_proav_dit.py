@@ -420,6 +420,8 @@ def test_a_given_stream_comes_back_and_shapes_the_other(trained):
     assert torch.equal(video[0], clip["video"][0]) and torch.equal(video[1], clip["video"][0])
     other = pa.sample(model, 2, video=clip["video"][1], seed=3)[1]
     assert (audio - other).abs().max() > 1e-6
+    each = pa.sample(model, 2, video=clip["video"], seed=3, batch_size=1)            # one video for each clip
+    assert torch.equal(each[0], clip["video"]) and (each[1] - torch.stack([audio[0], other[1]])).abs().max() < 1e-3
     video, audio = pa.sample(model, 1, audio=clip["audio"][0].numpy(), seed=3)
     assert torch.equal(audio[0], clip["audio"][0]) and video.shape == (1, 4, 8, 8, 3)
     for wrong in ({"video": clip["video"][0], "audio": clip["audio"][0]}, {"prompt": "x", "label": "y"}):

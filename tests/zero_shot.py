@@ -7,6 +7,7 @@ height of the shape and the pitch, which glide ties together. Other options (--m
 model's. Beside a mean stands its standard error.
 """
 import argparse
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import metrics  # noqa: E402
-import mm_diffusion  # noqa: E402
 
 
 def tracks(video, audio, rate):
@@ -43,16 +43,18 @@ def correlation(x, y):  # of the rows of (n, F) each -> (n,)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--model", default="mm_diffusion", help="the model file, without .py [mm_diffusion]")
     parser.add_argument("--data", default="toy:bounce")
     parser.add_argument("--to", choices=("audio", "video"), default="audio", help="what is generated [audio]")
     parser.add_argument("--n", type=int, default=64, help="pairs [64]")
     args, rest = parser.parse_known_args()
-    model = mm_diffusion.load(args.ckpt, options=rest)
+    module = importlib.import_module(args.model)
+    model = module.load(args.ckpt, options=rest)
     cfg = model.cfg
     clips = data.open_dataset(args.data, "val", cfg.frames, cfg.size, cfg.fps, cfg.rate)
     real = {k: np.stack([clips[i][k] for i in range(args.n)]) for k in ("video", "audio")}
     given, clock = {"audio": "video", "video": "audio"}[args.to], time.time()
-    made = dict(zip(("video", "audio"), mm_diffusion.sample(model, args.n, **{given: real[given]}), strict=True))
+    made = dict(zip(("video", "audio"), module.sample(model, args.n, **{given: real[given]}), strict=True))
     print(f"{args.n} clips of {args.data}, {args.to} for {given}, {' '.join(rest)}: {time.time() - clock:.0f} s")
     for name, pair in tracks(**made, rate=cfg.rate).items():
         seen, heard = tracks(**real, rate=cfg.rate)[name]
