@@ -250,8 +250,9 @@ def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
 
 
 def to_device(batch, device):
-    """The batch on `device`, but for key; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
-    out = {k: x.to(device, non_blocking=True) if torch.is_tensor(x) and k != "key" else x for k, x in batch.items()}
+    """The batch on `device`, but for key and label; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
+    move = [k for k, x in batch.items() if torch.is_tensor(x) and k not in ("key", "label")]
+    out = {**batch, **{k: batch[k].to(device, non_blocking=True) for k in move}}
     out["video"] = out["video"].permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1  # (B, F, 3, H, W)
     return {**out, "audio": out["audio"].float()[:, None]}  # (B, 1, L)
 

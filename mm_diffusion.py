@@ -35,8 +35,9 @@ Where the paper and its code disagree, or the paper is silent (-), we do as the 
     mirrored; SR dropout    none, SR half; 0.1        all, SR none; 0                         paper
     batch, steps            128, 10k (Table 4: 100k)  32, endless; --grad_accum parts summed  paper; averaged
 
-Ours alone: samples are a function of the seed; "up" blocks work at the low resolution and copy at their end; SR learns
-from means of squares of pixels, as data.py makes small frames, not bicubic ones; SR's toy preset enlarges a residual.
+Ours alone: samples are a function of the seed; "up" blocks work at the low resolution and copy at their end; the decay
+of the averaged weights is ramped up; SR learns from averages over squares of pixels, as data.py makes small frames, not
+bicubic ones, and in its toy preset diffuses only what bicubic enlargement lacks.
 The presets toy and small estimate the clip, not the noise (--prediction edm), and learn with --optimizer muon: what
 minutes of training need to get from noise to whole shapes. toy does not shift, so that sync is learned in minutes, too.
 """
@@ -109,7 +110,7 @@ class Config:
     sampler: str = "dpm"             # dpm, dpm3, dpm_adaptive, ddim or ddpm; where a part is given, ddpm or else ddim
     sample_steps: int = 20           # network calls per clip (ddpm takes T, dpm_adaptive what it needs)
     method: str = "replace"          # for a given part: replace, gradient (eq. 12) or released (eq. 12 as in the code)
-    guidance: float = 0.1            # lambda of eq. 12, for gradient and released
+    guidance: float = 0.1            # lambda of eq. 12, for gradient; released: its fp16 scripts have 3 * 2^20 = 3e6
     seconds: float = 0.0             # length of a clip, of windows that overlap by half; 0: one window
     sr_ckpt: str = ""                # upsample the frames with this network, of --stage sr or a released one
     sr_steps: int = 25               # DDIM steps of upsampling
@@ -144,10 +145,11 @@ PRESETS = {
                 video_attention=(4, 8), cross_attention=(4, 8), windows=(1, 16), random_shift=False, dropout=0.0,
                 prediction="edm", data_mean=(-0.55, 0.0), data_std=(0.42, 0.165), skip_std=(0.1, 0.165),
                 noise_levels=(1.2, 1.6), steps=620, batch_size=4, optimizer="muon", lr=1.2e-2, lr_end=0.05, warmup=20,
-                clip=1.0, ema=0.99, val_every=310, val_clips=16, save_every=155, sample_every=620),
+                clip=1.0, ema=0.99, val_every=310, val_clips=16, save_every=155, sample_every=620,
+                sampler="ddim"),
     "small": dict(width=64, res_blocks=1, dropout=0.0, prediction="edm", data_mean=(-0.6, 0.0), data_std=(0.41, 0.18),
                   skip_std=(0.1, 0.18), noise_levels=(1.2, 1.6), steps=10000, batch_size=16, optimizer="muon", lr=4e-3,
-                  lr_end=0.05, warmup=200, clip=1.0, ema=0.999),
+                  lr_end=0.05, warmup=200, clip=1.0, ema=0.999, sampler="ddim"),
     "paper": {},
     "concerts": dict(diffusion_steps=2000, batch_size=16, amp="fp16", steps=20000),      # Paredes 2025, IV-B
     "audioset": dict(width=256),                                                         # supplement, part C
@@ -190,7 +192,8 @@ def parse(argv=None, base=None):
     cfg = Config(**{**(dataclasses.asdict(base) if base else {**row, "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
-    name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
+    own = row.get("data", preset)
+    name = preset if given.get("data", own) == own else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
     cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}{'/sr' if cfg.stage == 'sr' else ''}"
     return cfg
 
@@ -200,8 +203,11 @@ def check(cfg):
     for f in dataclasses.fields(cfg):
         if f.type is int and getattr(cfg, f.name) < (f.name not in ("warmup", "workers", "seed")):
             return f"--{f.name} {getattr(cfg, f.name)} is too small"
-    if not cfg.mult or min(cfg.mult) < 1:
-        return "--mult needs whole numbers of 1 or more"
+    if not cfg.mult or not all(isinstance(x, int) and x > 0 for x in (*cfg.mult, *cfg.windows)):
+        return "--mult and --windows need whole numbers of 1 or more"
+    for name in ("betas", "data_mean", "data_std", "skip_std", "noise_levels"):
+        if len(getattr(cfg, name)) != 2:
+            return f"--{name} needs two numbers"
     parts, scales = int(os.environ.get("WORLD_SIZE", 1)) * cfg.grad_accum, 2 ** (len(cfg.mult) - 1)
     widths, length = {2 ** i: cfg.width * m for i, m in enumerate(cfg.mult)}, cfg.frames * cfg.rate / cfg.fps
     crossed = [widths.get(f, 0) for f in cfg.cross_attention]
@@ -219,6 +225,8 @@ def check(cfg):
         f"--windows must lie between 1 and --frames ({cfg.frames})": any(not 0 < w <= cfg.frames for w in cfg.windows),
         "--cross_head_dim must divide the widths of cross-attention": any(w % cfg.cross_head_dim for w in crossed),
         "--heads must divide the widths of self-attention": any(w % cfg.heads for w in attended),
+        "--lr and --seconds must not be negative, --dropout from 0 to below 1":
+            min(cfg.lr, cfg.seconds) < 0 or not 0 <= cfg.dropout < 1,
         "--diffusion_steps must be 25 or more: with fewer the last betas exceed 1": cfg.diffusion_steps < 25,
     }
     return next((sentence for sentence, wrong in rules.items() if wrong), None)
@@ -676,7 +684,7 @@ class Diffusion:
         levels = self.abar.float().to(device)                                    # (T,) abar, falling
         t = (batch.get("u", u) * self.T).long()                                  # (B,) uniform in 0 ... T-1
         if self.edm and "u" not in batch:
-            noise = torch.exp(self.levels[0] + self.levels[1] * torch.special.ndtri(u))      # (B,) of sigma / alpha
+            noise = torch.exp(self.levels[0] + self.levels[1] * 2 ** 0.5 * torch.erfinv(2 * u - 1))      # sigma / alpha
             t = torch.searchsorted(-levels, -1 / (1 + noise ** 2)).clamp(max=self.T - 1)
         abar = levels[t]                                                         # (B,)
         signal = {k: abar.sqrt().view(-1, *[1] * (x.dim() - 1)) for k, x in x0.items()}
@@ -750,7 +758,7 @@ def guide(x, y, goal, abar, before, method, guidance):
     errors, means = [(part(y[k], c) - c).square() for k, c in goal.items()], method == "released"
     error = sum(e.sum() / (e[0].numel() if means else 1) for e in errors)
     scale = abar ** 0.5 * (before < 1) if means else (1 - before) ** 0.5
-    grads = torch.autograd.grad(error, list(x.values()))
+    grads = torch.autograd.grad(error, list(x.values()), allow_unused=True, materialize_grads=True)
     return {k: y[k].detach() - guidance * scale * g for k, g in zip(x, grads, strict=True)}
 
 
@@ -884,7 +892,7 @@ SAMPLERS = {
 # ---- Super-resolution: data, loss, sampling
 
 class Frames(torch.utils.data.Dataset):
-    """Clips at sr_size with "low", what is to be enlarged: float32 (F, 3, size, size), means of squares of pixels. With
+    """Clips at sr_size with "low", what is to be enlarged: float32 (F, 3, size, size), averages over squares. With
     probability `augment` each, low gets Gaussian noise and JPEG's traces and the clip is mirrored (Table A.1)."""
     def __init__(self, clips, cfg, augment):
         self.clips, self.seed, self.size, self.augment = clips, cfg.seed, cfg.size, augment
@@ -986,19 +994,26 @@ def open_clips(cfg, split):
 # ---- Training
 
 def setup(cfg):
-    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device."""
+    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device.
+    Raises data.UserError when there is no such device."""
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+    except (RuntimeError, AssertionError):
+        raise data.UserError(f"There is no --device {cfg.device} here; try auto, cpu, cuda, cuda:1 or mps.") from None
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if cfg.amp == "auto":
-        cfg.amp = "off" if not name.startswith("cuda") else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        cfg.amp = "off" if not name.startswith("cuda") else "fp16"
+        if name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+            cfg.amp = "bf16"
     return torch.device(name)
 
 
@@ -1012,6 +1027,8 @@ def read_checkpoint(path, device="cpu"):
         raise data.UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict):
         raise data.UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
+    if not state.get("cfg", {}).keys() <= vars(Config()).keys():
+        raise data.UserError(f"{path} is of another model, with other options than {Path(__file__).name} has.")
     return state
 
 
@@ -1087,7 +1104,8 @@ def resume(path, cfg, model, ema, optimizer, scaler):
     fill(model, state["model"], path)
     fill(ema, state["ema"], path)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and state["cfg"]["amp"] == cfg.amp:
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
@@ -1184,6 +1202,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         (out / "log.csv").write_text("".join(f"{x}\n" for x in rows))
         if start == 0:
             report(0, {})
+        elif start >= cfg.steps and sample_fn and not (out / "samples").exists():    # stopped before they were made
+            write_samples(out, start, *sample_fn(ema), cfg)
     stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     for s in old:                                    # a first signal waits for the step's end, a second one kills
         signal.signal(s, lambda number, _: (stopped.append(number), signal.signal(number, old[number])))
@@ -1208,7 +1228,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         if device.type != "mps" or not bad:
             scaler.step(optimizer)
         scaler.update(None if dtype == torch.float16 else 1.0)
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         done, row, stop = step + 1, {}, world == 1 and bool(stopped)
         if done % cfg.log_every == 0 or done == cfg.steps:
             values = torch.stack([*(sums / (done - since)), norm, skipped, streak, norm.new_tensor(len(stopped))])
@@ -1247,7 +1268,12 @@ def condition(cfg, n, video, audio):
         raise data.UserError("Give a video or a sound, not both, to a model of both streams, without --seconds.")
     x = {"v": torch.as_tensor(video).movedim(-1, -3) / 127.5 - 1} if audio is None else \
         {"a": torch.as_tensor(audio).unsqueeze(-2)}                              # ([n,] F, 3, H, W) or ([n,] 1, L)
-    return {k: y.float().expand(n, *Diffusion(cfg).shapes[k]) for k, y in x.items()}
+    (k, y), = x.items()
+    shape = Diffusion(cfg).shapes[k]
+    if y.shape[-len(shape):] != shape or (y.dim() > len(shape) and len(y) not in (1, n)):
+        raise data.UserError(f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} pixels, or "
+                             f"{cfg.frames * cfg.rate // cfg.fps} samples.")
+    return {k: y.float().expand(n, *shape)}
 
 
 def generate(model, normal, draw, given, cfg):
@@ -1290,8 +1316,8 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     options = {"sample_steps": steps, "guidance": guidance, "sampler": sampler, "method": method, "seconds": seconds}
     cfg = dataclasses.replace(model.cfg, **{k: x for k, x in options.items() if x is not None})
     device, given = next(model.parameters()).device, condition(cfg, n, video, audio)
-    if guidance is not None and (not given or cfg.method == "replace"):
-        raise data.UserError("Guidance is for a given video or sound, with --method gradient or released.")
+    if guidance is not None and (not (given or cfg.seconds) or cfg.method == "replace"):
+        raise data.UserError("Guidance is for a given video or sound or --seconds, with --method gradient or released.")
     sr = load(cfg.sr_ckpt, device) if cfg.sr_ckpt else None
     if sr and (not isinstance(sr, SRUNet) or sr.cfg.size != cfg.size or "v" not in cfg.streams):
         raise data.UserError(f"{cfg.sr_ckpt} does not enlarge frames of {cfg.size} pixels.")
@@ -1307,7 +1333,8 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
         x = generate(model, normal, torch.Generator().manual_seed(seed), x0, cfg)
         if sr and "v" not in given:                  # one noise image per clip
             pairs = zip(x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)), strict=True)
-            x["v"] = torch.stack([upsample(sr, v, noise, cfg.sr_steps) for v, noise in pairs])
+            x["v"] = torch.stack([torch.cat([upsample(sr, y, noise, cfg.sr_steps) for y in v.split(8)])
+                                  for v, noise in pairs])
         for k in out:
             out[k].append(x[k].cpu())
     return (data.to_uint8(torch.cat(out["v"])) if "v" in out else None,
@@ -1341,6 +1368,8 @@ def main(argv=None):
     try:
         device = setup(cfg)
         train, val = open_clips(cfg, "train"), open_clips(cfg, "val")
+        if cfg.sr_ckpt:                              # wrong? Then now, not when the first samples are due
+            load(cfg.sr_ckpt)
         torch.manual_seed(cfg.seed)
         model = net(cfg)
         if cfg.init_from:

@@ -3,7 +3,8 @@
 A clip's sound becomes a film of its own: one mel spectrogram per frame. An autoencoder (MDSA) projects both films onto
 three planes each, (h, w), (t, w) and (t, h), with attention that links the two streams at every step. A transformer
 (STDiT) takes the six planes for the frames of one short video and generates them together, by reflected flow matching:
-straight paths from noise to data that bounce off the walls of the cube [-1, 1], so that no plane ever leaves its range.
+it learns the velocity along straight lines from noise to data in the cube [-1, 1], and a sampling step that would leave
+the cube bounces off its wall.
 
     video (B, F, 3, H, W)                        audio (B, 1, L) -> mel images (B, F, 1, M, K)        section 3.1
         | patches, TimeSformer                       | patches, TimeSformer
@@ -13,14 +14,16 @@ straight paths from noise to data that bounce off the walls of the cube [-1, 1],
         | hw: self-attention;  tw, th: attention over t at three scales, in each stream               eq. 4, 5
         | <----- each plane attends to the other stream's plane of the same name ----->               eq. 6
     z (..., C) in (-1, 1)                        z (..., C)                 the latents, tanh(mu)
-        |      stacked as 6 frames (B, 6, F, L, C): noise -> STDiT -> velocity, 30 steps              eq. 9
+        |    stacked as 6 frames (B, 6, F or L, L, C), audio first: noise -> STDiT -> velocity        eq. 9
         | expand and add                             | expand and add                                 eq. 7
         | <----- attention to the other stream inside blocks of (t, h, w) ----->                      eq. 8
         | TimeSformer, un-embed                      | TimeSformer, un-embed, Griffin-Lim
     video                                        audio
 
+B clips of F frames; L x L patches in each (of the waveform, L samples); M mel bands, K columns; D features; C channels.
+
     python proav_dit.py                                             # toy, both stages: 9 minutes on 2 cores
-    torchrun --nproc_per_node=4 proav_dit.py --data concerts        # your videos, after `python data.py prepare`
+    torchrun --nproc_per_node=4 proav_dit.py --preset small --data concerts         # after `python data.py prepare`
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
     python sample.py --model proav_dit --video my.mp4               # sound for a video; --audio: video for a sound
 
@@ -48,6 +51,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import os
 import re
@@ -113,6 +117,7 @@ class Config:
     mdsa_steps: int = 200000         # optimizer steps of stage mdsa
     mdsa_batch_size: int = 32        # clips per step
     mdsa_lr: float = 1e-4            # learning rate
+    mdsa_betas: tuple = (0.5, 0.9)   # of AdamW
     # STDiT and its text (section 3.2)
     dit_width: int = 1152            # features of a token
     dit_depth: int = 16              # pairs of a spatial and a temporal block
@@ -120,7 +125,7 @@ class Config:
     dit_rope: bool = False           # rotary positions in the spatial blocks too: what a short training needs most
     text: str = "bytes"              # bytes: an encoder learned here; else the folder of a T5 encoder
     text_width: int = 4096           # features of a word (T5 XXL: 4096)
-    text_tokens: int = 120           # words read of a caption, its opening included
+    text_tokens: int = 300           # words read of a caption, its opening included
     guidance: float = 4.0            # strength w of classifier-free guidance; 1: none
     sampler: str = "euler"           # euler or heun, reflected
     sample_steps: int = 30           # network calls per clip (twice that with guidance)
@@ -155,9 +160,10 @@ PRESETS = {
     "toy": dict(data="toy:bounce,glide,pulse", size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4,
                 width=64, depth=1, decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128,
                 blocks=(4, 4, 4), adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4,
-                mdsa_lr=1e-2, dit_width=128, dit_depth=3, dit_heads=4, dit_rope=True, text_width=64, text_tokens=20,
-                guidance=2.0, cache_latents=2048, steps=1200, batch_size=8, lr=1e-2, optimizer="muon", lr_end=0.05,
-                warmup=20, ema=0.99, val_every=300, val_clips=32, save_every=100, sample_every=1200),
+                mdsa_lr=1e-2, mdsa_betas=(0.9, 0.999), dit_width=128, dit_depth=3, dit_heads=4, dit_rope=True,
+                text_width=64, text_tokens=20, guidance=2.0, cache_latents=2048, steps=1200, batch_size=8, lr=1e-2,
+                optimizer="muon", lr_end=0.05, warmup=20, ema=0.99, val_every=300, val_clips=32, save_every=100,
+                sample_every=1200),
     "small": dict(size=64, n_mels=64, hop=25, n_fft=512, patch=4, width=128, depth=4, decoder_depth=4, heads=4,
                   head_dim=32, proj_depth=2, proj_mlp=256, blocks=(4, 4, 4), disc_width=32, disc_start=8000,
                   mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, dit_rope=True,
@@ -192,7 +198,8 @@ def parse(argv=None, base=None):
     cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
     if wrong := check(cfg):
         parser.error(wrong)
-    name = preset if given.get("data", preset) == preset else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
+    own = PRESETS[preset].get("data", preset)
+    name = preset if given.get("data", own) == own else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
     cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
     return cfg
 
@@ -210,7 +217,11 @@ def check(cfg):
         f"--batch_size and --mdsa_batch_size must divide by {parts} (processes x --grad_accum)":
             cfg.batch_size % parts or cfg.mdsa_batch_size % parts,
         "--size must be an even number of --patch": cfg.size % (2 * cfg.patch),
-        "--frames must divide by 4": cfg.frames % 4,
+        "--frames, --size, --n_mels and --rate / --fps / --hop must divide by 4":
+            cfg.frames % 4 or cfg.size % 4 or cfg.n_mels % 4 or columns % 4,
+        "--betas and --mdsa_betas need two numbers below 1":
+            any(len(b) != 2 or max(b) >= 1 for b in (cfg.betas, cfg.mdsa_betas)),
+        "--floor must be above 0": cfg.floor <= 0,
         "--rate / --fps must be a multiple of --hop": samples % cfg.hop,
         f"--n_mels ({cfg.n_mels}) and --rate / --fps / --hop ({columns}) must divide by --size / --patch ({side})":
             cfg.n_mels % side or columns % side or not columns,
@@ -224,6 +235,8 @@ def check(cfg):
             cfg.dit_width % 4 or cfg.dit_width % (2 * cfg.dit_heads),
         "--disc_width must divide by 4": cfg.disc_width % 4,
         "--text_tokens must be 2 or more": cfg.text_tokens < 2,
+        f"--text {cfg.text} is not the folder of a T5, or its words do not have --text_width {cfg.text_width} features":
+            cfg.text != "bytes" and t5_width(cfg.text) != cfg.text_width,
     }
     return next((sentence for sentence, wrong in rules.items() if wrong), None)
 
@@ -606,7 +619,7 @@ def start_closed_form(mdsa, x):
             rows = axes.flip(1)[:, :C].T / values.flip(0)[:C, None].clamp(min=1e-8).sqrt() * 0.6     # (C, P)
             nn.init.zeros_(stream.pre[k].weight)
             stream.pre[k].weight[:len(rows)] = rows @ stream.to_pixel.weight
-            stream.pre[k].bias.fill_(-4)                                         # log-variance: a deviation of 0.14
+            stream.pre[k].bias.zero_()[C:] = -4                                  # log-variance: a deviation of 0.14
             stream.pre[k].bias[:len(rows)] = rows @ (stream.to_pixel.bias - y.mean(0))
             z[k] = torch.tanh(stream.pre[k](plane)[..., :C]).unsqueeze(axis).expand(*u.shape[:4], -1)
         Z = torch.cat([*z.values(), torch.ones_like(u[..., :1])], -1).flatten(0, 3)              # (n, 3 C + 1)
@@ -865,6 +878,11 @@ class ByteText(nn.Module):
         return F.layer_norm(self.letters(ids).sum(2), self.places.shape[-1:]) + self.places
 
 
+def t5_width(folder):
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()).get("d_model") if path.is_file() else None
+
+
 @functools.lru_cache
 def t5(folder, device):
     try:
@@ -893,13 +911,13 @@ def vary(caption, label, key):
     """What the clip is called this time: nothing, for guidance (1 of 10); "a video of <label>", as in the paper (3 of
     10); or its caption, half the time short of some words, so that short prompts are nothing new."""
     rng = np.random.default_rng(key)
-    kind, words, keep = rng.random(), caption.split(), rng.uniform(0.3, 1)
+    kind, words, keep = rng.random(), re.sub("^a video( of)?", "", caption).split(), rng.uniform(0.3, 1)
     if kind < 0.1:
         return ""
     if kind < 0.4:
         return f"a video of {label}".removesuffix(" of unlabeled")
     words = [w for w, x in zip(words, rng.random(len(words)), strict=True) if kind < 0.7 or x < keep]
-    return " ".join(["a video of", *words] if rng.random() < 0.5 else words)
+    return " ".join(["a video of", *words] if words and rng.random() < 0.5 else words or ["a video"])
 
 
 # ---- The whole model, and reflected flow matching on its planes
@@ -944,7 +962,7 @@ def truncated_normal(shape, draw):
     """A standard normal kept to [-1, 1], by its inverse distribution function: the prior of reflected flow matching."""
     low = 0.5 * (1 + math.erf(-(0.5 ** 0.5)))
     u = torch.rand(shape, generator=draw, device=draw.device)
-    return torch.special.ndtri(low + (1 - 2 * low) * u).clamp(-1, 1)
+    return (2 ** 0.5 * torch.erfinv((1 - 2 * low) * (2 * u - 1))).clamp(-1, 1)
 
 
 def reflect(y):
@@ -962,7 +980,7 @@ def euler(velocity, x, steps):
 
 def heun(velocity, x, steps):
     """Reflected Heun, two calls a step. Where the trial point bounced an odd number of times, the velocity there points
-    the other way in the unfolded world in which the step is taken. (The public library multiplies it by +1 always.)"""
+    the other way in the unfolded world in which the step is taken. (The code of Xie et al. does not turn it.)"""
     for i in range(0, steps, 2):
         h, t = min(2, steps - i) / steps, i / steps
         v = velocity(t, x)
@@ -1027,19 +1045,26 @@ class ReflectedFlow:
 
 # same as mm_diffusion.py
 def setup(cfg):
-    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device."""
+    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device.
+    Raises data.UserError when there is no such device."""
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+    except (RuntimeError, AssertionError):
+        raise data.UserError(f"There is no --device {cfg.device} here; try auto, cpu, cuda, cuda:1 or mps.") from None
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if cfg.amp == "auto":
-        cfg.amp = "off" if not name.startswith("cuda") else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        cfg.amp = "off" if not name.startswith("cuda") else "fp16"
+        if name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+            cfg.amp = "bf16"
     return torch.device(name)
 
 
@@ -1054,6 +1079,8 @@ def read_checkpoint(path, device="cpu"):
         raise data.UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict):
         raise data.UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
+    if not state.get("cfg", {}).keys() <= vars(Config()).keys():
+        raise data.UserError(f"{path} is of another model, with other options than {Path(__file__).name} has.")
     return state
 
 
@@ -1108,6 +1135,8 @@ def orthogonal(x):
 FREE = {"preset", "out", "stage", "steps", "mdsa_steps", "amp", "compile", "device", "workers", "grad_accum",
         "need_good", "griffin_lim", "refine", "init_from", "log_every", "val_every", "val_clips", "save_every",
         "sample_every", "samples", "guidance", "sampler", "sample_steps"}
+# Of both stages: stage dit may have others than the finished stage mdsa it builds on.
+SHARED = {"lr_end", "warmup", "optimizer", "weight_decay", "clip", "ema", "seed"}
 
 
 # same as mm_diffusion.py
@@ -1134,7 +1163,8 @@ def resume(path, cfg, model, ema, optimizer, scaler):
     fill(model, state["model"], path)
     fill(ema, state["ema"], path)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and state["cfg"]["amp"] == cfg.amp:
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
@@ -1236,6 +1266,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         (out / "log.csv").write_text("".join(f"{x}\n" for x in rows))
         if start == 0:
             report(0, {})
+        elif start >= cfg.steps and sample_fn and not (out / "samples").exists():    # stopped before they were made
+            write_samples(out, start, *sample_fn(ema), cfg)
     stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     for s in old:                                    # a first signal waits for the step's end, a second one kills
         signal.signal(s, lambda number, _: (stopped.append(number), signal.signal(number, old[number])))
@@ -1260,7 +1292,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         if device.type != "mps" or not bad:
             scaler.step(optimizer)
         scaler.update(None if dtype == torch.float16 else 1.0)
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         done, row, stop = step + 1, {}, world == 1 and bool(stopped)
         if done % cfg.log_every == 0 or done == cfg.steps:
             values = torch.stack([*(sums / (done - since)), norm, skipped, streak, norm.new_tensor(len(stopped))])
@@ -1294,15 +1327,21 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 def mdsa_config(cfg):
     """The config of stage mdsa: a sub-folder, its step count, batch size and rate under fit()'s names, and the options
     of the generator at their defaults, for those do not make it another one."""
-    other = {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text"))}
+    other = {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text", "cache"))}
     return dataclasses.replace(cfg, **other, out=f"{cfg.out}/mdsa", steps=cfg.mdsa_steps, lr=cfg.mdsa_lr,
-                               batch_size=cfg.mdsa_batch_size)
+                               betas=cfg.mdsa_betas, batch_size=cfg.mdsa_batch_size)
 
 
-def finished(cfg):
-    """Whether the stage whose config this is has reached its last step."""
+def finished(cfg, free=FREE):
+    """Whether the stage whose config this is has reached its last step. Raises data.UserError when it has, with other
+    options than now (those in `free` aside), or when the file is of no run."""
     path = Path(cfg.out) / "ckpt.pt"
-    return path.exists() and read_checkpoint(path)["step"] >= cfg.steps
+    state = read_checkpoint(path) if path.exists() else {"step": -1, "cfg": {}}
+    other = [f"--{k} {x}" for k, x in state.get("cfg", {}).items() if k not in free and getattr(cfg, k, x) != x]
+    if "step" not in state or (state["step"] >= cfg.steps and other):
+        raise data.UserError(f"{path} is of {'a run with ' + ' '.join(other) if other else 'no run'}: choose another "
+                             "--out, or move it away.")
+    return state["step"] >= cfg.steps
 
 
 def say(*words):
@@ -1315,12 +1354,13 @@ def autoencoder(cfg, train, val, device):
     cfg = mdsa_config(cfg)
     torch.manual_seed(cfg.seed)
     model = Autoencoding(cfg)
-    if finished(cfg):
+    if finished(cfg, FREE | SHARED):
         say(f"Stage mdsa is finished: {cfg.out}/ckpt.pt")
         fill(model, read_checkpoint(Path(cfg.out) / "ckpt.pt")["ema"], cfg.out)
         return model.mdsa
     if cfg.init_from and cfg.stage == "mdsa":
-        fill(model, read_checkpoint(cfg.init_from)["ema"], cfg.init_from)
+        state = read_checkpoint(cfg.init_from)
+        fill(model, state.get("ema", state), cfg.init_from)
     else:
         first = data.to_device(data.make_batch(train, cfg.seed, 1, range(64)), "cpu")
         start_closed_form(model.mdsa, model.streams(first["video"], first["audio"]))
@@ -1362,7 +1402,7 @@ def examine(model, val, device):
             pooled = F.avg_pool3d(y, (over, *model.mdsa.streams[m].patch))
             mean = y.mean((2, 3, 4) if m == "v" else (2, 4), keepdim=True).expand_as(y)
             codes = out[m].transpose(1, 2), mean, F.interpolate(pooled, y.shape[2:], mode="trilinear")
-            table[m].append([psnr(z, y).item() for z in codes])
+            table[m] += [[psnr(z, y).item() for z in codes]] * len(y)
     table = {m: np.mean(rows, 0) for m, rows in table.items()}
     for m, row in table.items():
         say("PSNR-{}: MDSA {:.1f} dB, mean {} {:.1f}, block means {:.1f}".format(
@@ -1410,9 +1450,14 @@ def generator(cfg, mdsa, train, val, device):
     model.mdsa.load_state_dict(mdsa.state_dict())
     model = model.to(device)
     if cfg.init_from:
-        fill(model, read_checkpoint(cfg.init_from)["ema"], cfg.init_from)
+        state = read_checkpoint(cfg.init_from)
+        fill(model, state.get("ema", state), cfg.init_from)
+    if (path := Path(cfg.out) / "ckpt.pt").exists():
+        old = read_checkpoint(path)["ema"]
+        if any(not torch.equal(old[f"mdsa.{k}"], p.cpu()) for k, p in model.mdsa.state_dict().items()):
+            raise data.UserError(f"{path} was trained with another autoencoder: choose another --out, or move it away.")
     examine(model, val, device)
-    labels, shown = train.labels, [val[i]["caption"] for i in range(cfg.samples)]
+    labels, shown = train.labels, [val[i]["caption"] for i in range(min(cfg.samples, len(val)))]
     if cfg.cache_latents:
         train = Latents(model, train, cfg.cache_latents, "train", device)
         val = Latents(model, val, min(cfg.val_clips, len(val)), "val", device)
@@ -1426,7 +1471,7 @@ def generator(cfg, mdsa, train, val, device):
             batch = {**batch, "caption": list(captions)}
         return flow.loss(net, batch)
 
-    return fit(model, loss, cfg, train, val, lambda ema: sample(ema, cfg.samples, prompt=shown, seed=cfg.seed))
+    return fit(model, loss, cfg, train, val, lambda ema: sample(ema, len(shown), prompt=shown, seed=cfg.seed))
 
 
 # ---- Sampling and the command line
@@ -1481,7 +1526,7 @@ def main(argv=None):
         device = setup(cfg)
         train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
                       for split in ("train", "val"))
-        if cfg.stage == "dit" and not finished(mdsa_config(cfg)):
+        if cfg.stage == "dit" and not finished(mdsa_config(cfg), FREE | SHARED):
             raise data.UserError(f"Stage dit needs the finished stage mdsa in {cfg.out}/mdsa: run --stage mdsa first.")
         mdsa = autoencoder(cfg, train, val, device)
         if cfg.stage != "mdsa":

@@ -259,8 +259,12 @@ def read_npz(path, args):
 def main(argv=None):
     args, rest = options(argv)
     try:
-        if args.n < 1:
-            raise data.UserError("--n must be 1 or more.")
+        if min(args.n, 1 if args.steps is None else args.steps) < 1 or args.start < 0:
+            raise data.UserError("--n and --steps must be 1 or more, --start 0 or more.")
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError):
+            raise data.UserError(f"There is no --device {args.device} here; try cpu, cuda, cuda:1 or mps.") from None
         module, path = find(args)
         model = module.load(path, args.device, rest)
         folders = (Path("out", args.model, f"samples_{i:03d}") for i in range(1, 1000))

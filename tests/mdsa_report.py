@@ -38,8 +38,10 @@ def main():
     parser.add_argument("--n", type=int, default=64, help="validation clips [64]")
     args = parser.parse_args()
     state = pa.read_checkpoint(args.ckpt)
+    if not any(k.startswith("mdsa.") for k in state.get("ema", {})):
+        sys.exit(f"{args.ckpt} holds no MDSA: give the checkpoint of a run of proav_dit.py.")
     cfg = pa.Config(**{**state["cfg"], "need_good": False, "val_clips": args.n})
-    model = pa.Autoencoding(cfg) if any(k.startswith("mdsa.") for k in state["ema"]) else None
+    model = pa.Autoencoding(cfg)
     model.load_state_dict({k: p for k, p in state["ema"].items() if k in model.state_dict()}, strict=False)
     val = data.open_dataset(cfg.data, "val", cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
     pa.examine(model, val, "cpu")

@@ -1,6 +1,7 @@
 """mm_diffusion.py and sample.py: the network, the loss, training, resuming, sampling, and what users do wrong."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,16 @@ def test_training_writes_a_log_samples_and_an_ema(trained):
     assert not same(weights(trained), weights(trained, "ema")) and (trained / "samples" / "step000006_0.png").exists()
 
 
+def test_a_finished_run_makes_missing_samples_and_its_average_keeps_no_graph(trained, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(mm, "fit", lambda *args, fit=mm.fit: kept.append(fit(*args)) or kept[-1])
+    shutil.copy(trained / "ckpt.pt", tmp_path)
+    mm.main([*TINY, "--steps", "6", "--out", str(tmp_path)])
+    assert (tmp_path / "samples" / "step000006_0.mp4").exists()
+    mm.main([*TINY, "--steps", "2", "--out", str(tmp_path / "new")])
+    assert not any(p.requires_grad or p.grad_fn for p in kept[1].parameters())
+
+
 def test_the_loss_falls(tmp_path):
     mm.main([*TINY, "--steps", "40", "--out", str(tmp_path), "--val_clips", "8", "--lr", "3e-3"])
     val = [float(r["val"]) for r in csv.DictReader(open(tmp_path / "log.csv")) if r["val"]]
@@ -403,14 +414,16 @@ def test_released_weights_load_everywhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args,says", [
     ("--widht 3", "unrecognized arguments: --widht"), ("--steps many", "--steps"), ("--amp int8", "--amp"),
-    ("--streams x", "--streams"), ("--steps 0", "--steps 0 is too small"), ("--mult 0", "--mult needs whole numbers"),
+    ("--streams x", "--streams"), ("--steps 0", "--steps 0 is too small"), ("--mult 0", "--mult and --windows need"),
     ("--batch_size 6 --grad_accum 4", "does not divide by 4"), ("--size 30 --mult 1,2,4", "--size"),
     ("--rate 4005", "multiple of 4"), ("--norm_groups 3", "--norm_groups"), ("--windows 1,2", "--windows"),
     ("--windows 9", "--windows"), ("--video_attention 16", "factors 1, 2"), ("--diffusion_steps 20", "25 or more"),
     ("--random_shift perhaps", "--random_shift"), ("--preset huge", "--preset"), ("--fps 0", "too small"),
     ("--data toy:tennis", "bounce, collide"), ("--data concerts", "python data.py prepare FOLDER --name concerts"),
     ("--init_from nowhere.pt", "no checkpoint nowhere.pt"), ("--heads 3", "--heads"),
-    ("--cross_head_dim 5", "--cross_head_dim"),
+    ("--cross_head_dim 5", "--cross_head_dim"), ("--device gpu", "no --device gpu here"),
+    ("--mult 1.5,2", "whole numbers"), ("--betas 0.9", "--betas needs two"), ("--dropout 1", "--dropout"),
+    ("--seconds -5", "--seconds"), ("--sr_ckpt nowhere.pt", "no checkpoint nowhere.pt"),
 ])
 def test_wrong_options_end_in_one_sentence(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -441,6 +454,10 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_kept(trained, tmp_path,
                 call(name)
             assert "ckpt.pt" in stop.value.code and "\n" not in stop.value.code
         assert (Path(name) / "ckpt.pt").read_bytes() == content
+    state = torch.load(trained / "ckpt.pt", weights_only=True)
+    torch.save({**state, "cfg": {**state["cfg"], "dit_width": 8}}, "other.pt")
+    with pytest.raises(SystemExit, match="is of another model"):
+        sample.main(["--model", "mm_diffusion", "--ckpt", "other.pt"])
     with pytest.raises(SystemExit, match="--width 8, not 16"):
         mm.main([*TINY, "--width", "16", "--steps", "6", "--out", str(trained)])
 
@@ -449,11 +466,19 @@ def test_sample_py_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for args, says in ((["--model", "mm_diffusion"], "`python mm_diffusion.py`"), ([], "--model"),
                        (["--model", "data"], "not a model file"), (["--model", "../x"], "no model file"),
-                       (["--model", "mm_diffusion", "--ckpt", "no.pt"], "no checkpoint no.pt")):
+                       (["--model", "mm_diffusion", "--ckpt", "no.pt"], "no checkpoint no.pt"),
+                       (["--model", "mm_diffusion", "--device", "gpu"], "no --device gpu"),
+                       (["--model", "mm_diffusion", "--steps", "0"], "--n and --steps"),
+                       (["--model", "mm_diffusion", "--start", "-1"], "--start")):
         with pytest.raises(SystemExit) as stop:
             sample.main(args)
         assert says in stop.value.code and "\n" not in stop.value.code
     assert not Path("out").exists()
+
+
+def test_folders_are_named_after_preset_and_data():
+    outs = [mm.parse(args.split()).out for args in ("", "--data toy:bounce", "--data toy", "--preset small")]
+    assert outs == [f"out/mm_diffusion/{name}" for name in ("toy", "toy", "toy-toy", "small")]
 
 
 def test_help_lists_every_option(capsys):

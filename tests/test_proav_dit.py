@@ -1,6 +1,7 @@
 """proav_dit.py: audio as video, MDSA and its losses, STDiT, reflected flow, the two stages, sampling, user mistakes."""
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,9 @@ def test_spelling_and_variation_of_captions():
     share = {n: names.count(n) / 2000 for n in ("", "a video of bounce", "a small red ball")}
     assert 0.07 < share[""] < 0.14 and 0.25 < share["a video of bounce"] < 0.35 and share["a small red ball"] > 0.14
     assert {"red ball", "a small ball", "a video of a small red ball", "a video of red ball"} <= set(names)
+    for caption in ("a video of rain", "a video"):   # of a clip that came without a caption
+        names = {pa.vary(caption, "rain", key) for key in range(300)}
+        assert names <= {"", "a video of rain", "rain", "a video"} and len(names) > 1
 
 
 def test_prior_and_reflection():
@@ -441,6 +445,35 @@ def test_sample_py_takes_a_prompt_and_a_video(trained, tmp_path, monkeypatch):
         sample.main(["--model", "proav_dit", "--ckpt", str(trained / "mdsa" / "ckpt.pt")])
 
 
+def test_a_folder_keeps_to_its_run(trained, tmp_path, capsys):
+    """Other options over finished stages, another autoencoder under a generator: a sentence, and nothing is touched."""
+    def says(*args):
+        with pytest.raises(SystemExit) as stop:
+            pa.main([*TINY, "--out", str(tmp_path), *args])
+        return stop.value.code
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert "--kl latent: choose another --out" in says("--kl", "off")
+    assert "--dit_depth 1: choose another --out" in says("--dit_depth", "2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    assert "trained with another autoencoder" in says("--mdsa_steps", "4", "--steps", "5")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "ckpt.pt")
+    assert "is of no run" in says()
+    (tmp_path / "ckpt.pt").unlink()
+    pa.main([*TINY, "--out", str(tmp_path), "--mdsa_steps", "4", "--steps", "1", "--optimizer", "adamw"])
+    assert "Stage mdsa is finished" in capsys.readouterr().out       # the generator may learn in its own way
+
+
+def test_more_samples_than_validation_clips_and_bare_weights_to_start_from(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.ToyClips, "__len__", lambda self: 2 if self.numbers.start else 2**40)
+    torch.save(weights(trained / "mdsa", "ema"), tmp_path / "bare.pt")
+    args = [*TINY, "--out", str(tmp_path), "--samples", "3", "--mdsa_steps", "1", "--mdsa_lr", "1e-12", "--stage"]
+    pa.main([*args, "mdsa", "--init_from", str(tmp_path / "bare.pt")])
+    assert same(weights(tmp_path / "mdsa"), weights(trained / "mdsa", "ema"), 1e-6)
+    pa.main([*args, "dit", "--steps", "1"])
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+
+
 def test_an_autoencoder_that_trivial_codes_beat_stops_the_run(tmp_path):
     with pytest.raises(SystemExit) as stop:
         pa.main([*TINY, "--out", str(tmp_path), "--need_good", "true", "--plane_channels", "1"])
@@ -450,7 +483,10 @@ def test_an_autoencoder_that_trivial_codes_beat_stops_the_run(tmp_path):
 @pytest.mark.parametrize("args,says", [
     ("--stage train", "--stage"), ("--kl gauss", "--kl"), ("--init_from x.pt", "starts one stage"),
     ("--batch_size 6 --grad_accum 4", "must divide by 4"), ("--size 18 --patch 4", "even number of --patch"),
-    ("--frames 6", "--frames must divide by 4"), ("--hop 33", "multiple of --hop"), ("--n_mels 18", "--n_mels (18)"),
+    ("--frames 6", "must divide by 4"), ("--size 12 --n_mels 18", "must divide by 4"), ("--hop 33", "multiple of"),
+    ("--n_mels 20 --size 24", "--n_mels (20)"), ("--betas 0.9", "two numbers"), ("--floor 0", "--floor"),
+    ("--text nowhere", "not the folder of a T5"), ("--device gpu", "no --device gpu"),
+    ("--init_from nowhere.pt --stage mdsa", "no checkpoint nowhere.pt"),
     ("--window 512", "--window"), ("--blocks 3,2,2", "--blocks"), ("--blocks 2,2", "--blocks"),
     ("--width 12", "--width"),
     ("--head_dim 6", "--head_dim"), ("--dit_heads 3", "--dit_heads"), ("--disc_width 6", "--disc_width"),
@@ -464,10 +500,14 @@ def test_wrong_options_end_in_one_sentence(args, says, tmp_path, monkeypatch):
     assert says in stop.value.code and "\n" not in stop.value.code
 
 
-def test_a_missing_t5_is_one_sentence(monkeypatch):
+def test_a_t5_of_another_width_or_without_its_library_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"d_model": 24}')
+    with pytest.raises(SystemExit) as stop:
+        tiny("--text", str(tmp_path))                # TINY has 16
+    assert "--text_width 16" in stop.value.code
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(data.UserError, match="transformers"):
-        pa.read(["a"], tiny("--text", "no-such-folder"), "cpu")
+        pa.read(["a"], tiny("--text", str(tmp_path), "--text_width", "24"), "cpu")
 
 
 @pytest.mark.parametrize("preset", pa.PRESETS)

@@ -300,7 +300,7 @@ def test_a_longer_clip_goes_on_from_its_windows():
 def test_the_second_window_is_given_the_last_half_of_the_first(monkeypatch):
     model, given = net_of(tiny()), []
     walk = mm.SAMPLERS["ddim"]
-    monkeypatch.setitem(mm.SAMPLERS, "ddim", lambda *args: given.append(args[5]) or walk(*args))
+    monkeypatch.setitem(mm.SAMPLERS, "ddim", lambda *args: given.extend(args[5:6]) or walk(*args))
     video, audio = mm.sample(model, 1, steps=3, seconds=0.8)
     assert [y["v"].shape[1] for y in given] == [2, 2] and [y["a"].shape[2] for y in given] == [800, 800]
     for i, y in enumerate(given):                # frames 2-3, then 4-5
@@ -354,6 +354,18 @@ def test_single_streams_take_no_condition():
         clip = dict(zip(("video", "audio"), given_clip(cfg), strict=True))
         with pytest.raises(data.UserError, match="to a model of both streams"):
             mm.sample(net_of(cfg), 1, **{other: clip[other]})
+
+
+def test_a_condition_has_the_length_of_a_window_and_guidance_a_use():
+    cfg = tiny()
+    net, (video, audio) = net_of(cfg), given_clip(cfg)
+    for given in ({"video": video[:2]}, {"audio": audio[:-1]}, {"video": torch.stack([video] * 3)}):
+        with pytest.raises(data.UserError, match="Give one window, or 2 of them"):
+            mm.sample(net, 2, **given)
+    with pytest.raises(data.UserError, match="Guidance is for"):
+        mm.sample(net, 1, guidance=0.5, method="gradient")
+    two = [mm.sample(net, 1, seconds=0.6, method="gradient", guidance=g, steps=2)[1] for g in (0.0, 5.0)]
+    assert two[0].shape == two[1].shape and (two[0] - two[1]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("args,says", [

@@ -64,4 +64,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except data.UserError as error:
+        sys.exit(f"zero_shot.py: {error}")
