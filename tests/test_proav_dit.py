@@ -511,7 +511,19 @@ def test_a_t5_of_another_width_or_without_its_library_is_one_sentence(tmp_path, 
 
 
 @pytest.mark.parametrize("preset", pa.PRESETS)
-def test_presets_build(preset):
+def test_presets_take_a_training_step(preset):
+    """On the meta device, which has shapes but no numbers."""
+    cfg = pa.parse(["--preset", preset])
     with torch.device("meta"):
-        model = pa.ProAV(pa.parse(["--preset", preset]))
-    assert pa.count(model) > 1e6
+        one, two = pa.Autoencoding(pa.mdsa_config(cfg)), pa.ProAV(cfg)
+        video = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size)
+        sound = torch.empty(1, cfg.frames, 1, cfg.n_mels, cfg.rate // cfg.fps // cfg.hop)
+        z = torch.empty(1, *two.valid.shape[1:3], cfg.size // cfg.patch, cfg.plane_channels)
+        t, words = torch.empty(1), torch.zeros(1, cfg.text_tokens, pa.LETTERS, dtype=torch.long)
+    one.streams = lambda *_: {"v": video, "a": sound}            # the meta device has no STFT
+    for second in (False, True):
+        one(video, None, second)[0].backward()
+    two(z, t, words, words.any(-1)).sum().backward()
+    assert all(p.grad is not None for m in (one, two) for p in m.parameters() if p.requires_grad)
+    if preset == "paper":
+        assert (pa.count(one.mdsa), pa.count(two.dit)) == (141131768, 697495696)
