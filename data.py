@@ -1,21 +1,27 @@
-"""Clips for nanoAV: a built-in data set, your own videos, the loader, and clips with sound in and out.
+"""Clips with sound: the built-in data set, your own videos, the loader, and all that is on disk.
 
-A clip is a dict: video uint8 (F, H, W, 3); audio float32 (L,), mono in [-1, 1], the L = F * rate // fps
-samples of exactly the same time; label, an index into dataset.labels; caption.
+A clip is a dict: video uint8 (F, H, W, 3); audio float32 (L,), mono in [-1, 1], the
+L = F * rate // fps samples of exactly the same time; label, an index into dataset.labels; caption.
 
-    python data.py preview toy                       # some clips of a data set, and one picture of them all
-    python data.py prepare FOLDER --name concerts    # a folder of videos -> datasets/concerts
+    python data.py preview toy                     # some clips of a data set, and a picture of all
+    python data.py prepare FOLDER --name concerts  # a folder of videos -> datasets/concerts
 """
 import argparse
+import ast
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
+import time
+import typing
 from collections import Counter
 from math import tau
 from multiprocessing.pool import ThreadPool
@@ -31,8 +37,61 @@ from tqdm import tqdm
 ROOT = Path("datasets")  # prepared data sets, in the folder you run from
 
 
-class UserError(Exception):
+# ---- What a user did wrong, in one sentence
+
+
+class UserError(ValueError):
     """Something the user can mend; the message is one sentence: what is wrong and what to do."""
+
+
+def end(program, error):
+    """End the program with one line on stderr, once however many processes of torchrun run."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        # torchrun stops all processes when the first one ends: let rank 0 speak.
+        time.sleep(5)
+        sys.exit(1)
+    sys.exit(f"{program}: {error}")
+
+
+# What parse_value asks for, by kind.
+WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "numbers with commas between them",
+}
+
+
+def parse_value(kind, text):
+    """A word of the command line -> a value of `kind`, read as Python would read it.
+
+    kind: int, float, bool, str, tuple, or a typing.Literal of strings. A tuple needs no brackets:
+    "-0.55,0.0", "2", and "" for the empty one. Raises argparse.ArgumentTypeError.
+    """
+    if kind is str:
+        return text
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
+        return text
+
+    if kind is bool:
+        text = text.capitalize()  # true is True
+    if kind is tuple and not text.strip():
+        return ()
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = None
+    if kind is tuple and type(value) in (int, float):
+        value = (value,)
+    if kind is float and type(value) is int:
+        value = float(value)
+    # Not isinstance: True is no number here.
+    if type(value) is not kind:
+        raise argparse.ArgumentTypeError(f"'{text}' is not {WANTED[kind]}")
+    return value
 
 
 # ---- Toy ---------------------------------------------------------------------------------------------------
@@ -183,6 +242,9 @@ class PreparedClips(torch.utils.data.Dataset):
             draw = np.random.default_rng([self.seed, i]).integers(self.ends[-1])
             k = int(np.searchsorted(self.ends, draw, "right"))
             first = int(self.ends[k] - 1 - draw)
+        return self.read(k, first)
+
+    def read(self, k, first):
         c, (frames, size, rate), fps, stored = self.clips[k], self.kind, self.meta["fps"], self.meta["rate"]
         zoom, skip = self.meta["size"] // size, stored // rate
         path = f"{self.folder}/shards/{c['shard']}"
@@ -210,56 +272,326 @@ def open_dataset(name, split="train", frames=16, size=32, fps=10, rate=8000, see
     return kind(source, split == "val", frames, size, fps, rate, seed)
 
 
+# ---- Batches
+
+
 def clip_key(seed, number):
     """A hash of both, 0 ... 2^60: seeds the noise of a clip, whichever process draws it."""
-    return int(hashlib.sha1(f"{seed} {number}".encode()).hexdigest()[:15], 16)
+    digest = hashlib.sha1(f"{seed} {number}".encode()).hexdigest()
+    return int(digest[:15], 16)
 
 
-def make_batch(dataset, seed, batch_size, numbers):
-    """The clips `numbers`: tensors video (b, F, H, W, 3) uint8, audio (b, L) float32, label (b,) and key (b,)
-    int64, which is clip_key(seed, number); caption, a list of str; and step, an int."""
-    clips = [dataset[i] for i in numbers]
-    out = {k: torch.from_numpy(np.stack([c[k] for c in clips])) for k in ("video", "audio", "low") if k in clips[0]}
-    out |= {"label": torch.tensor([c["label"] for c in clips]), "caption": [c["caption"] for c in clips]}
-    return out | {"key": torch.tensor([clip_key(seed, i) for i in numbers]), "step": numbers[0] // batch_size}
+def make_batch(dataset, seed, numbers, step=0):
+    """The clips `numbers` of a data set in one dict.
+
+    Every array of a clip is stacked, whatever its key: video (b, F, H, W, 3) uint8, audio (b, L)
+    float32, latents. Beside them label (b,) int64; caption, a list of str; key (b,) int64, which is
+    clip_key(seed, number); and `step`, an int. Events, of which clips have more or fewer, stay out.
+    """
+    clips = [dataset[number] for number in numbers]
+    batch = {}
+    for name, first in clips[0].items():
+        values = [clip[name] for clip in clips]
+        if name == "events":
+            continue
+        if isinstance(first, np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+        elif torch.is_tensor(first):
+            batch[name] = torch.stack(values)
+    batch["label"] = torch.tensor([clip["label"] for clip in clips])
+    batch["caption"] = [clip["caption"] for clip in clips]
+    batch["key"] = torch.tensor([clip_key(seed, number) for number in numbers])
+    batch["step"] = step
+    return batch
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is the batch of that step, or this process's part of it.
+
+    Its clips follow from the step, so the number of workers changes nothing, nor does a pause.
+    """
+
+    def __init__(self, dataset, seed, batch_size, rank, world):
+        self.dataset = dataset
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.share = batch_size // world
+
+    def __getitem__(self, step):
+        first = step * self.batch_size + self.rank * self.share
+        return make_batch(self.dataset, self.seed, range(first, first + self.share), step)
+
+
+def detach_worker(worker):
+    """The worker_init_fn of the loader: the worker leaves the trainer's group of processes.
+
+    Ctrl-C, torchrun, `timeout` and job schedulers signal whole groups. Only the trainer is to get
+    that: it finishes its step, saves, and ends its workers itself.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def loader(dataset, batch_size, first_step, last_step, rank=0, world=1, workers=0, seed=0):
-    """Iterate over the batches of steps first_step ... last_step - 1, made by `workers` processes (0: this). Step s is
-    clips s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` gets the r-th part. Dropping the iterator ends
-    the workers. Raises UserError when batch_size is not a multiple of world."""
+    """Iterate over the batches of steps first_step ... last_step - 1.
+
+    They are made by `workers` processes (0: by this one). Step s is clips s * batch_size ...
+    (s + 1) * batch_size - 1; rank r of `world` gets the r-th part. Dropping the iterator ends the
+    workers. Raises UserError when batch_size is not a multiple of world.
+    """
     if batch_size % world:
-        raise UserError(f"{world} processes cannot share {batch_size} clips: use a multiple of {world}.")
-    b, end = batch_size // world, last_step * batch_size
-    # An item is the whole batch of a step, made from its clip numbers: the number of workers changes nothing.
-    parts = (slice(i, i + b) for i in range(first_step * batch_size + rank * b, end, batch_size))
-    options = {"collate_fn": functools.partial(make_batch, dataset, seed, batch_size), "worker_init_fn": _ignore_ctrl_c}
-    return iter(torch.utils.data.DataLoader(range(end), sampler=parts, batch_size=None, num_workers=workers,
-                                            pin_memory=torch.cuda.is_available(), **options))
-
-
-def _ignore_ctrl_c(worker):  # it reaches every process of a terminal: the trainer alone answers, and ends the workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise UserError(
+            f"{world} processes cannot share {batch_size} clips: use a multiple of {world}."
+        )
+    batches = torch.utils.data.DataLoader(
+        Batches(dataset, seed, batch_size, rank, world),
+        batch_size=None,  # an item is a batch already
+        sampler=range(first_step, last_step),
+        num_workers=workers,
+        worker_init_fn=detach_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(batches)
 
 
 def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
-    """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn: together they see each
-    clip once. A rank's batch is batch_size // world clips; its last may be smaller."""
-    mine, b = range(rank, min(n, len(dataset)), world), max(1, batch_size // world)
-    return [make_batch(dataset, seed, batch_size, mine[i:i + b]) for i in range(0, len(mine), b)]
+    """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn.
+
+    Together the ranks see each clip once. A rank's batch is batch_size // world clips; its last may
+    be smaller. Raises UserError when there are fewer clips than processes.
+    """
+    count = min(n, len(dataset))
+    if count < world:
+        raise UserError(
+            f"{count} validation clips are too few for {world} processes: raise --val_clips, "
+            "prepare more videos, or start fewer processes."
+        )
+    mine = range(rank, count, world)
+    share = max(1, batch_size // world)
+    batches = []
+    for first in range(0, len(mine), share):
+        batches.append(make_batch(dataset, seed, mine[first : first + share]))
+    return batches
 
 
 def to_device(batch, device):
-    """The batch on `device`, but for key and label; video float (B, F, 3, H, W) in [-1, 1], audio float (B, 1, L)."""
-    move = [k for k, x in batch.items() if torch.is_tensor(x) and k not in ("key", "label")]
-    out = {**batch, **{k: batch[k].to(device, non_blocking=True) for k in move}}
-    out["video"] = out["video"].permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1  # (B, F, 3, H, W)
-    return {**out, "audio": out["audio"].float()[:, None]}  # (B, 1, L)
+    """The batch on `device`, but for key and label, which stay where they are.
+
+    video: uint8 (B, F, H, W, 3) -> float (B, F, 3, H, W) in [-1, 1]; audio: (B, L) -> float
+    (B, 1, L). Other tensors keep their shape and type.
+    """
+    # On other devices than CUDA, a copy that nobody waits for may be read before it has arrived.
+    on_cuda = torch.device(device).type == "cuda"
+    moved = dict(batch)
+    for name, x in batch.items():
+        if torch.is_tensor(x) and name not in ("key", "label"):
+            moved[name] = x.to(device, non_blocking=on_cuda)
+    if "video" in moved and moved["video"].dtype == torch.uint8:
+        video = moved["video"].permute(0, 1, 4, 2, 3)  # (B, F, 3, H, W)
+        moved["video"] = video.contiguous().float() / 127.5 - 1
+    if "audio" in moved:
+        moved["audio"] = moved["audio"].float()[:, None]  # (B, 1, L)
+    return moved
+
+
+def split(batch, parts):
+    """Cut a batch into equal parts, in order. An int, one value for all clips, is in each part."""
+    count = len(batch["key"])
+    if count % parts:
+        raise UserError(f"{count} clips per process cannot be cut in --grad_accum {parts} parts.")
+    size = count // parts
+    for first in range(0, count, size):
+        cut = slice(first, first + size)
+        part = {}
+        for name, x in batch.items():
+            part[name] = x if isinstance(x, int) else x[cut]
+        yield part
 
 
 def to_uint8(video):
     """Float (B, F, 3, H, W) in [-1, 1], clamped -> uint8 (B, F, H, W, 3) on the same device."""
-    return video.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 1, 3, 4, 2).contiguous()
+    levels = video.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return levels.permute(0, 1, 3, 4, 2).contiguous()
+
+
+# ---- Checkpoints, the log and samples of a run
+
+
+# Options that may change when a run goes on. Any other would make it another run.
+MAY_CHANGE = set("""
+    preset out stage steps device amp compile checkpoint workers grad_accum init_from
+    log_every eval_every val_clips samples sampler sample_steps guidance method seconds
+    sr_ckpt sr_sample_steps griffin_lim need_good mdsa_steps
+""".split())
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what the system says of a full disk, or of a folder that is not ours, into UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch turns some of the former into the latter
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"Cannot write {path}; what was there is kept ({reason}).") from error
+
+
+def save_checkpoint(path, step, cfg, parts):
+    """Save parts, {name: anything with a state_dict}, with the step and the config.
+
+    The file gets its name when it is complete: whatever happens meanwhile, the old one stays.
+    Raises UserError when there is no room.
+    """
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["step"] = step
+    state["cfg"] = dataclasses.asdict(cfg)
+    new = Path(f"{path}.tmp")
+    try:
+        with writing(path):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, new)
+            os.replace(new, path)
+    except UserError:
+        # Half a file is of no use, and the disk may be full because of it.
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict, on the CPU. Raises UserError for a missing, damaged or foreign file."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    try:
+        # weights_only: whatever is in the file, none of it is run as code.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds, depending on the damage
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
+    return state
+
+
+def load_weights(model, state, path):
+    """Load a state dict, of any float type, into a model that has just these names and shapes.
+
+    Raises UserError, which names what does not fit; path says where the weights are from.
+    """
+    own = model.state_dict()
+    wrong = []
+    for name in {**own, **state}:  # all names, in order
+        if name not in own or name not in state:
+            wrong.append(name)
+        elif own[name].shape != getattr(state[name], "shape", None):
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"The weights in {path} are not for this network: {len(wrong)} names or shapes differ "
+            f"({wrong[0]}, for one). Give the options that they were trained with."
+        )
+    model.load_state_dict(state)
+
+
+def read_config(kind, state, path):
+    """The config in a checkpoint's dict -> kind(...). What kind no longer knows is left out.
+
+    Raises UserError for a file without one.
+    """
+    if not isinstance(state.get("cfg"), dict):
+        raise UserError(f"{path} holds no config: give the options that it was trained with.")
+    known = [field.name for field in dataclasses.fields(kind)]
+    kept = {name: value for name, value in state["cfg"].items() if name in known}
+    return kind(**kept)
+
+
+def resume(path, cfg, parts):
+    """Bring the parts to the state that is saved in `path` -> steps done; 0 if there is no file.
+
+    Raises UserError for a file of another run, of an older version, or of no run.
+    """
+    if not Path(path).exists():
+        return 0
+    instead = "choose another --out, or move it away."
+    state = load_checkpoint(path)
+    if "step" not in state or "cfg" not in state:
+        raise UserError(f"{path} is no checkpoint of a run: {instead}")
+
+    # The same run? Where the learning rate falls towards the last step, that step counts, too.
+    old = state["cfg"]
+    new = dataclasses.asdict(cfg)
+    fixed = set(new) - MAY_CHANGE
+    if old.get("lr_end", 1) != 1 or new.get("lr_end", 1) != 1:
+        fixed.add("steps")
+    for name, value in new.items():
+        if name not in fixed:
+            continue
+        if name not in old:
+            raise UserError(f"{path} is of an older version, without --{name}: {instead}")
+        if old[name] != value:
+            raise UserError(f"{path} is of a run with --{name} {old[name]}, not {value}: {instead}")
+    for name in parts:
+        if name not in state:
+            raise UserError(f"{path} is of an older version, without '{name}': {instead}")
+
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            load_weights(part, state[name], path)
+        elif state[name]:  # a GradScaler that was off has none
+            part.load_state_dict(state[name])
+    return state["step"]
+
+
+def write_lines(path, lines):
+    """Write a text file whole or not at all."""
+    with writing(path):
+        Path(f"{path}.tmp").write_text("".join(f"{line}\n" for line in lines))
+        os.replace(f"{path}.tmp", path)
+
+
+def trim_log(path, step):
+    """Start a csv file. Of one that is there, keep the rows before `step` that are not damaged."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a last line without its end was cut short
+    if not lines or lines[0].split(",")[0] != "step":
+        return write_lines(path, ["step"])
+    kept = lines[:1]
+    for line in lines[1:]:
+        # A row is a step and then figures, nan among them, or blanks.
+        if re.fullmatch("[0-9]+(,[-+.0-9einaf]*)*", line) and int(line.split(",")[0]) < step:
+            kept.append(line)
+    write_lines(path, kept)
+
+
+def append_row(path, row):
+    """Add a row of numbers to a csv file; columns that are new to it go to its right end."""
+    lines = Path(path).read_text().splitlines()
+    columns = lines[0].split(",")
+    new = [name for name in row if name not in columns]
+    if new:
+        columns += new
+        write_lines(path, [",".join(columns), *lines[1:]])
+    # Blank where the row has no figure: validation and training fill different columns.
+    cells = [f"{row[name]:.7g}" if name in row else "" for name in columns]
+    with writing(path), open(path, "a") as f:
+        f.write(",".join(cells) + "\n")
+
+
+def write_samples(folder, step, video, audio, cfg):
+    """Write sampled clips as mp4 (as wav if video is None) and as film strips.
+
+    video: uint8 (n, F, H, W, 3) or None; audio: (n, L) or None; cfg has fps and rate.
+    """
+    clips = audio if video is None else video
+    for i in range(len(clips)):
+        v = None if video is None else video[i]  # (F, H, W, 3)
+        a = None if audio is None else audio[i]  # (L,)
+        name = f"{folder}/step{step:06d}_{i}"
+        ending = "wav" if v is None else "mp4"
+        save_clip(f"{name}.{ending}", v, a, cfg.fps, cfg.rate)
+        film_strip(f"{name}.png", v, a, cfg.fps, cfg.rate)
 
 
 # ---- Clips in and out --------------------------------------------------------------------------------------
@@ -359,12 +691,218 @@ def film_strip(path, video, audio, fps, rate):
     imageio.imwrite(path, np.concatenate(rows))
 
 
+# ---- Any collection of clips: a data set, a folder of .npz files, a folder of videos
+
+VIDEO_ENDINGS = (
+    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+)
+
+
+def first_color(caption):
+    """The first word of a toy clip's caption that names a color of its shapes, or None."""
+    for word in caption.split():
+        if word in COLORS:
+            return word
+    return None
+
+
+def write_npz(path, video, audio, fps, rate, **said):
+    """Write clips to one file, without compression: what metrics.py likes best.
+
+    video: uint8 (n, F, H, W, 3) or None; audio: float32 (n, L) or None; said: what was said of the
+    clips, label or caption, each one value for all of them, a list of n, or None.
+    """
+    arrays = {}
+    if video is not None:
+        arrays["video"] = np.asarray(video)
+    if audio is not None:
+        arrays["audio"] = np.asarray(audio)
+    n = max(len(x) for x in arrays.values())
+    for name, value in said.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value] * n
+            arrays[name] = np.array(values)
+    with writing(path):
+        with open(f"{path}.new", "wb") as f:
+            np.savez(f, fps=fps, rate=rate, **arrays)
+        os.replace(f"{path}.new", path)
+
+
+def read_npz(path):
+    """The clips of a file of write_npz, or of one with a single clip, without n.
+
+    -> a list of dicts, and their shape, {"fps": , "rate": , and of video "frames": , "size": }.
+    Raises UserError for any other file.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        shape = {"fps": int(arrays.pop("fps")), "rate": int(arrays.pop("rate"))}
+        if "video" in arrays:
+            shape["frames"], shape["size"] = arrays["video"].shape[-4:-2]
+        for name, x in arrays.items():
+            axes = {"video": 4, "audio": 1}.get(name, 0)  # of one clip
+            arrays[name] = x.reshape(-1, *x.shape[x.ndim - axes :])
+        # strict: as many sounds as videos.
+        rows = zip(*arrays.values(), strict=True)
+        clips = [dict(zip(arrays, row, strict=True)) for row in rows]
+        # The captions of toy clips, and hardly any others, all name a color.
+        colors = [first_color(caption) for caption in arrays.get("caption", ())]
+        if colors and all(colors):
+            for clip, color in zip(clips, colors, strict=True):
+                clip["color"] = color
+    except Exception as error:  # whatever numpy makes of it
+        raise UserError(
+            f"Cannot use {path}: it must hold video uint8 (n, F, H, W, 3), audio float32 (n, L), "
+            f"fps and rate ({type(error).__name__})."
+        ) from None
+    return clips, shape
+
+
+def choose(sources, n, protocol):
+    """Which clips to take, given the video that each is from -> at most n numbers.
+
+    Protocol plain: in random order, but in their own if all are taken. stylegan-v: one video after
+    another, and a random clip of each, so that long videos do not count for more.
+    """
+    rng = np.random.default_rng(0)
+    numbers = range(len(sources))
+    if len(sources) > n:
+        numbers = rng.permutation(len(sources))[:n]
+    if protocol == "plain":
+        return numbers
+    of_video = {}  # video -> its clips
+    for i in rng.permutation(len(sources)):
+        of_video.setdefault(sources[i], []).append(int(i))
+    videos = list(of_video.values())
+    chosen = []
+    for turn in range(len(numbers)):
+        chosen.append(int(rng.choice(videos[turn % len(videos)])))
+    return chosen
+
+
+class Clips:
+    """At most n clips of `what`, a data set or a folder, as a sequence of dicts.
+
+    They hold video, audio, and what is known of label, caption, color and events; `about` says what
+    they are. They are read in the shape of the attributes frames, size, fps and rate; .npz files,
+    which are held in memory, come in their own. Raises UserError when there is nothing to read.
+    """
+
+    def __init__(self, what, split, n, frames=16, size=32, fps=10, rate=8000, protocol="plain"):
+        if not what or protocol not in ("plain", "stylegan-v"):
+            raise UserError(
+                "Give --real and --fake, data sets or folders; --protocol is plain or stylegan-v."
+            )
+        self.frames = frames
+        self.size = size
+        self.fps = fps
+        self.rate = rate
+
+        # Each of these sets self.about, self.count, and self.get, from a number to a clip.
+        self.sources = None  # if clips share videos: the one that each is from
+        if not Path(what).is_dir():
+            self.open_dataset(what, split)
+        elif any(Path(what).rglob("*.npz")):
+            self.open_npz(what)
+        else:
+            self.open_videos(what)
+
+        self.numbers = range(self.count)[:n]
+        if self.sources:
+            self.numbers = choose(self.sources, n, protocol)
+            if protocol == "stylegan-v":
+                self.about += ", a video, then its clip (stylegan-v)"
+        if len(self) == 0:
+            raise UserError(f"There are no clips in {what}, or --n is 0.")
+        self.about = f"{len(self)} clips of {self.about}"
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return self.get(int(self.numbers[i]))
+
+    def open_dataset(self, what, split):
+        dataset = open_dataset(what, split, self.frames, self.size, self.fps, self.rate)
+        self.about = f"{what}, {split} split"
+        self.count = len(dataset)
+        if isinstance(dataset, PreparedClips):
+            self.sources = [dataset.clips[k]["source"] for k, _ in dataset.windows]
+
+        def get(i):
+            if isinstance(dataset, PreparedClips):
+                clip = dataset.read(*dataset.windows[i])  # these windows do not overlap
+            else:
+                clip = dataset[i]
+                clip["color"] = first_color(clip["caption"])
+            clip["label"] = dataset.labels[clip["label"]]
+            # Of the events of toy clips, impacts alone are moments that one can hear.
+            if "events" in clip and clip["label"] not in ("bounce", "collide"):
+                clip["events"] = []
+            return clip
+
+        self.get = get
+
+    def open_npz(self, what):
+        paths = sorted(Path(what).rglob("*.npz"))
+        clips = []
+        shapes = []
+        for path in paths:
+            some, shape = read_npz(path)
+            clips += some
+            shapes.append(shape)
+            # Sound alone has no frames and no size: what both know must agree.
+            for name, value in shape.items():
+                if shapes[0].get(name, value) != value:
+                    raise UserError(
+                        f"The clips of {path} have {name} {value}, those of {paths[0]} "
+                        f"{shapes[0][name]}: they cannot be compared."
+                    )
+        for shape in shapes:
+            self.__dict__.update(shape)
+        self.about = f"{len(paths)} .npz in {what}, not compressed"
+        self.count = len(clips)
+        self.get = clips.__getitem__
+
+    def open_videos(self, what):
+        paths = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+        if not paths:
+            raise UserError(f"There are no .npz files and no videos in {what}.")
+        seconds = self.frames / self.fps
+        windows = []  # (path, second that it starts at)
+        for path in paths:
+            try:
+                header = next(imageio_ffmpeg.read_frames(str(path)))
+                fitting = int(header["duration"] / seconds + 0.1)
+            except Exception as error:  # whatever ffmpeg makes of it
+                raise UserError(
+                    f"Cannot read {path}, or it is no video ({type(error).__name__})."
+                ) from None
+            for k in range(max(1, fitting)):
+                windows.append((path, k * seconds))
+        self.about = f"{len(paths)} videos in {what}, compressed, which changes FVD and FAD"
+        self.count = len(windows)
+        self.sources = [path for path, _ in windows]
+
+        def get(i):
+            path, start = windows[i]
+            video, audio = load_clip(path, self.frames, self.size, self.fps, self.rate, start)
+            clip = {}
+            if video is not None:
+                clip["video"] = video
+            if audio is not None:
+                clip["audio"] = audio
+            return clip
+
+        self.get = get
+
+
 # ---- Your videos -> datasets/NAME --------------------------------------------------------------------------
 # meta.json, clips.jsonl (a line per segment), files.jsonl (one per source), shards/ (two .npy per segment: uint8
 # frames, int16 sound). Arrays appear whole, by os.replace, and the lines of a source after them: an interrupted
 # run leaves nothing broken, and the same command goes on.
 
-ENDINGS = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 SETTINGS = {"size": (64, "pixels"), "fps": (10, "frames per second"), "rate": (16000, "Hz"),
             "segment": (34.0, "s, the unit of storage"), "skip_intro": (0.0, "s left out at the start"),
             "min_seconds": (1.6, "s a segment must last"), "silence": (-60.0, "dBFS its RMS must reach"),
@@ -423,7 +961,7 @@ def prepare_file(folder, out, tmp, held_out, s, source):
 def prepare(folder, out, workers, part, parts, s):
     """The command `prepare` for every parts-th file of `folder`, with SETTINGS s, into folder `out`."""
     sources = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                     if p.suffix.lower() in ENDINGS and p.is_file() and not p.name.startswith("."))
+                     if p.suffix.lower() in VIDEO_ENDINGS and p.is_file() and not p.name.startswith("."))
     if not sources:
         raise UserError(f"There {'are no videos in' if folder.is_dir() else 'is no folder'} {folder}.")
     meta, end = out / "meta.json", "" if parts == 1 else f"-{part}-of-{parts}"  # end: of files only we write
