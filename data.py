@@ -53,6 +53,21 @@ def end(program, error):
     sys.exit(f"{program}: {error}")
 
 
+def pair_words(words=None):
+    """The command line's words (None: sys.argv), an option and its value being one: --name=value.
+
+    Else argparse would take a value like -0.55,0.0 for an option.
+    """
+    pairs = []
+    for word in sys.argv[1:] if words is None else words:
+        waiting = pairs and pairs[-1].startswith("--") and "=" not in pairs[-1]
+        if waiting and pairs[-1] != "--help" and not word.startswith("--"):
+            pairs[-1] += f"={word}"
+        else:
+            pairs.append(word)
+    return pairs
+
+
 # What parse_value asks for, by kind.
 WANTED = {
     int: "a whole number",
@@ -94,182 +109,358 @@ def parse_value(kind, text):
     return value
 
 
-# ---- Toy ---------------------------------------------------------------------------------------------------
-# Five scenes whose sound is caused by what is seen; in frame heights and seconds, so alike at any size.
+# ---- The built-in data set "toy": five scenes whose sound is caused by what is seen
+# Lengths are in frame heights and times in seconds, so a clip is the same at any size and rate.
 
 SCENES = ("bounce", "collide", "glide", "pulse", "rain")
-CAPTIONS = ("a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing impacts",
-            "two {size} {color} blocks colliding {tempo} on {back}, {pitch} knocks",
-            "a {size} {color} disc gliding {tempo} on {back}, the tone follows its height",
-            "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
-            "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss")
-PERIODS = (0.45, 0.8), (0.5, 0.9), (1.2, 2.4), (0.6, 1.2), (0.8, 1.5)  # s; at least one event in 1.6 s
-COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255)}  # few and far apart: soon learned
+CAPTIONS = {
+    "bounce": "a {size} {color} ball bouncing {tempo} on {back}, {pitch} ringing impacts",
+    "collide": "two {size} {color} blocks colliding {tempo} on {back}, {pitch} knocks",
+    "glide": "a {size} {color} disc gliding {tempo} on {back}, the tone follows its height",
+    "pulse": "a {size} {color} disc pulsing {tempo} on {back}, a {pitch} tone swells with it",
+    "rain": "{size} {color} raindrops gusting {tempo} on {back}, {pitch} hiss",
+}
+PERIODS = {  # s, between these; at least one event in 1.6 s
+    "bounce": (0.45, 0.8),
+    "collide": (0.5, 0.9),
+    "glide": (1.2, 2.4),
+    "pulse": (0.6, 1.2),
+    "rain": (0.8, 1.5),
+}
+# Few and far apart: soon learned.
+COLORS = {"red": (235, 45, 45), "green": (45, 205, 75), "blue": (60, 110, 255)}
 BACKS = {"black": (8, 8, 8), "navy": (14, 16, 56), "gray": (52, 52, 52)}
-SUNG, KNOCK = ((1, 0.6), (2, 0.3), (3, 0.15)), ((1, 0.52), (1.7, 0.34), (2.9, 0.21))  # (ratio, amplitude)
+RADII = (0.14, 0.19, 0.25)
+SIZES = ("small", "medium", "large")
+PITCHES = ("high", "middle", "low")  # of the three sizes
+# Partials of a sound: (frequency as a multiple of the pitch, amplitude).
+SUNG = ((1, 0.6), (2, 0.3), (3, 0.15))
+KNOCK = ((1, 0.52), (1.7, 0.34), (2.9, 0.21))
 
 
 def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
-    """Clip `index` of the endless data set `seed`. "label" is an index into SCENES; "events" (float32, s) are moments
-    that both streams mark: impacts (bounce, collide), turning points (glide), greatest radius (pulse) or density
-    (rain). The frame of an impact shows it on a brighter background, other frames their middle."""
+    """Clip `index` of the endless data set `seed`.
+
+    "label" is an index into SCENES. "events" (float32, s) are moments that both streams mark:
+    impacts (bounce, collide), turning points (glide), greatest radius (pulse) or density (rain).
+    The frame of an impact shows it on a brighter background, other frames show their middle.
+    """
     rng = np.random.default_rng([seed, index])
-    label = SCENES.index(scenes[index % len(scenes)])  # in turn, which balances the batches
-    color, back, which = rng.choice(list(COLORS)), rng.choice(list(BACKS)), rng.integers(3)
-    radius, (low, high) = (0.14, 0.19, 0.25)[which] * rng.uniform(0.92, 1.08), PERIODS[label]
-    period, pitch = rng.uniform(low, high), 900 * (0.14 / radius) ** 1.5  # Hz: small things sound high
-    mask, audio, events = _scene(SCENES[label], rng, radius, pitch, period, frames, size, fps, rate)
+    name = scenes[index % len(scenes)]  # in turn, which balances the batches
+    color = rng.choice(list(COLORS))
+    back = rng.choice(list(BACKS))
+    which = rng.integers(3)  # of the sizes
+    radius = RADII[which] * rng.uniform(0.92, 1.08)
+    low, high = PERIODS[name]
+    period = rng.uniform(low, high)
+    pitch = 900 * (0.14 / radius) ** 1.5  # Hz: small things sound high
+
+    scene = Scene(name, rng, radius, pitch, period, frames, size, fps, rate)
+    draw = getattr(scene, name)
+    mask, audio, events = draw()  # coverage (F, H, W), (L,), times in s
     events = events[(events >= 0) & (events < frames / fps)]
+
     ground = np.tile(np.float32(BACKS[back]), (frames, 1))  # (F, 3)
-    ground[(events * fps).astype(int)] += 80 * (label < 2)  # a flash at each impact (bounce, collide)
+    if name in ("bounce", "collide"):
+        ground[(events * fps).astype(int)] += 80  # a flash at each impact
     video = np.empty((frames, size, size, 3), np.uint8)
-    for c in range(3):  # one channel at a time is three times as fast as broadcasting over a last axis of 3
-        b = ground[:, c, None, None]
+    # One channel at a time is three times as fast as broadcasting over a last axis of 3.
+    for c in range(3):
+        b = ground[:, c, None, None]  # (F, 1, 1)
         video[..., c] = b + mask * (np.float32(COLORS[color][c]) - b) + np.float32(0.5)
-    words = {"size": ("small", "medium", "large")[which], "pitch": ("high", "middle", "low")[which],
-             "color": color, "back": back, "tempo": "quickly" if period < (low + high) / 2 else "slowly"}
-    return {"video": video, "audio": audio.astype(np.float32), "label": label,
-            "caption": CAPTIONS[label].format(**words), "events": events.astype(np.float32)}
+
+    tempo = "quickly" if period < (low + high) / 2 else "slowly"
+    caption = CAPTIONS[name].format(
+        size=SIZES[which], pitch=PITCHES[which], color=color, back=back, tempo=tempo
+    )
+    return {
+        "video": video,
+        "audio": audio.astype(np.float32),
+        "label": SCENES.index(name),
+        "caption": caption,
+        "events": events.astype(np.float32),
+    }
 
 
-def _scene(name, rng, r, pitch, period, frames, size, fps, rate):  # -> coverage (F, H, W), audio (L,), event times
-    t, ta, end = (np.arange(frames) + 0.5) / fps, np.arange(frames * rate // fps) / rate, frames / fps
-    grid, (phase, drift) = (np.arange(size) + 0.5) / size, rng.uniform(0, 1, 2)
-    beats = period * (np.arange(end / period + 2) - phase)  # the first is before 0
-    contacts = beats[(beats >= 0) & (beats < end) & (name in ("bounce", "collide"))]
-    t[(contacts * fps).astype(int)] = contacts
-    cycle, cycle_a = t / period + phase, np.float32(ta / period + phase)  # whole at the beats
-    swing, swing_a = 0.5 + 0.5 * np.cos(tau * cycle), 0.5 + 0.5 * np.cos(tau * cycle_a)  # 1 at the beats
-    wander, (x, y) = 0.5 + 0.28 * np.sin(tau * (t / 2.5 + drift)), rng.uniform(0.4, 0.6, 2)
+class Scene:
+    """What the scenes share: a cycle, its beats, and a disc. A method draws the scene of its name.
 
-    def cover(inside):  # how far a pixel's center is inside a shape -> its anti-aliased coverage 0 ... 1
-        return np.clip(np.asarray(inside, np.float32) * np.float32(size) + np.float32(0.5), 0, 1)
+    Each returns how far the shape covers each pixel (F, H, W), the sound (L,) and event times.
+    """
 
-    def disc(x, y, r):  # at x, y (F,) with radius r, a number or (F,)
-        dx, dy = (np.square(grid - c[:, None], dtype=np.float32) for c in (x, y))  # (F, W), (F, H)
-        return cover(np.reshape(np.float32(r), (-1, 1, 1)) - np.sqrt(dy[:, :, None] + dx[:, None]))
+    def __init__(self, name, rng, radius, pitch, period, frames, size, fps, rate):
+        self.rng = rng
+        self.radius = radius
+        self.pitch = pitch
+        self.period = period
+        self.size = size
+        self.rate = rate
+        self.grid = (np.arange(size) + 0.5) / size  # (H,) = (W,), where the pixels are
+        self.ta = np.arange(frames * rate // fps) / rate  # (L,) s, of the samples
 
-    if name == "bounce":  # under gravity, 7.2 frame heights/s^2; every impact on the floor rings
-        y = 1 - r - 3.6 * period**2 * (cycle % 1) * (1 - cycle % 1)
-        return disc(wander, y, r), 0.95 * _strike(ta, beats, pitch, SUNG, 0.15), beats
-    if name == "collide":  # the gap |sin| is sharp where two blocks meet and knock, smooth where they turn
-        half, gap = 0.6 * r, (0.4 - 1.2 * r) * abs(np.sin(np.pi * cycle[:, None]))
-        mask = cover(half - abs(abs(grid - x) - half - gap))[:, None] * cover(half - abs(grid - y))[:, None]
-        return mask, 0.95 * _strike(ta, beats, pitch, KNOCK, 0.1), beats
-    if name == "glide":  # a disc wanders; the pitch follows its height, 1.4 octaves from 290 Hz
-        tone, turns = 0.38 * _tone(290 * 2 ** (1.4 * swing_a), rate), [beats, beats + period / 2]
-        return disc(wander, 0.78 - 0.56 * swing, r), tone, np.sort(np.concatenate(turns))
-    if name == "pulse":  # a disc swells and shrinks; the loudness follows its radius
-        tone = (0.04 + 0.7 * swing_a**1.5) * _tone(np.full_like(ta, pitch), rate)
-        return disc(x + 0 * t, y + 0 * t, r * (0.45 + 1.1 * swing)), tone, beats
-    n, length, width = 14, 0.65 * r, 0.13 * r  # rain: the streaks seen and the hiss follow a density
-    x, y, rank = (rng.permutation(n) + 0.5) / n, rng.uniform(0, 1, n), (np.arange(n) + 0.5) / n
-    y = (y + 1.2 * t[:, None]) % (1 + 2 * length) - length  # (F, n)
-    seen = np.clip((1.2 * swing[:, None] - rank) / 0.2, 0, 1).astype(np.float32)  # (F, n) opacity
-    down = cover(length - abs(grid[:, None] - y[:, None])) * seen[:, None]  # (F, H, n)
-    mask = np.minimum(down @ cover(width - abs(x[:, None] - grid)), 1)  # (F, H, W)
-    # Two seconds of noise half an octave around 1.6 pitch, from its spectrum: the same wave at any rate.
-    f, angle = np.arange(1, 7200) / 2, rng.uniform(0, tau, 7199).astype(np.float32)  # Hz, fits 8 kHz
-    level = np.exp(-2 * np.log2(f / (1.6 * pitch)) ** 2)
-    spectrum = np.concatenate([[0], level * (np.cos(angle) + 1j * np.sin(angle))])[:rate]
-    noise = np.fft.irfft(spectrum, 2 * rate) * rate * np.sqrt(2 / (level @ level))  # RMS 1
-    return mask, np.clip((0.03 + 0.27 * swing_a) * np.resize(noise, len(ta)), -0.99, 0.99), beats
+        # The cycle is a whole number at the beats, the first of which is before 0.
+        phase, drift = rng.uniform(0, 1, 2)
+        self.beats = period * (np.arange(frames / fps / period + 2) - phase)
+
+        # What a frame shows: its middle, or the moment of an impact.
+        t = (np.arange(frames) + 0.5) / fps  # (F,) s
+        if name in ("bounce", "collide"):
+            contacts = self.beats[(self.beats >= 0) & (self.beats < frames / fps)]
+            t[(contacts * fps).astype(int)] = contacts
+        self.t = t
+
+        self.cycle = t / period + phase  # (F,)
+        cycle_a = np.float32(self.ta / period + phase)  # (L,)
+        self.swing = 0.5 + 0.5 * np.cos(tau * self.cycle)  # (F,), 1 at the beats, 0 between them
+        self.swing_a = 0.5 + 0.5 * np.cos(tau * cycle_a)  # (L,)
+        self.wander = 0.5 + 0.28 * np.sin(tau * (t / 2.5 + drift))  # (F,), to and fro
+        self.x, self.y = rng.uniform(0.4, 0.6, 2)
+
+    def cover(self, inside):
+        """How far a pixel's center is inside a shape -> its anti-aliased coverage, 0 ... 1."""
+        pixels = np.asarray(inside, np.float32) * np.float32(self.size)
+        return np.clip(pixels + np.float32(0.5), 0, 1)
+
+    def disc(self, x, y, radius):
+        """A disc at x, y (F,) with radius (F,), or one number -> coverage (F, H, W)."""
+        dx = np.square(self.grid - x[:, None], dtype=np.float32)  # (F, W)
+        dy = np.square(self.grid - y[:, None], dtype=np.float32)  # (F, H)
+        distance = np.sqrt(dy[:, :, None] + dx[:, None])  # (F, H, W)
+        return self.cover(np.reshape(np.float32(radius), (-1, 1, 1)) - distance)
+
+    def bounce(self):
+        """A ball under gravity, 7.2 frame heights / s^2; every impact on the floor rings."""
+        part = self.cycle % 1  # of the way from impact to impact
+        height = 3.6 * self.period**2 * part * (1 - part)
+        mask = self.disc(self.wander, 1 - self.radius - height, self.radius)
+        audio = 0.95 * strike(self.ta, self.beats, self.pitch, SUNG, 0.15)
+        return mask, audio, self.beats
+
+    def collide(self):
+        """Two blocks. Their gap |sin| is sharp where they meet and knock, smooth where they turn."""
+        half = 0.6 * self.radius
+        gap = (0.4 - 1.2 * self.radius) * abs(np.sin(np.pi * self.cycle[:, None]))  # (F, 1)
+        across = self.cover(half - abs(abs(self.grid - self.x) - half - gap))  # (F, W)
+        down = self.cover(half - abs(self.grid - self.y))  # (H,)
+        mask = across[:, None] * down[:, None]  # (F, H, W)
+        audio = 0.95 * strike(self.ta, self.beats, self.pitch, KNOCK, 0.1)
+        return mask, audio, self.beats
+
+    def glide(self):
+        """A disc wanders; the pitch follows its height, 1.4 octaves from 290 Hz."""
+        mask = self.disc(self.wander, 0.78 - 0.56 * self.swing, self.radius)
+        audio = 0.38 * tone(290 * 2 ** (1.4 * self.swing_a), self.rate)
+        turns = np.concatenate([self.beats, self.beats + self.period / 2])
+        return mask, audio, np.sort(turns)
+
+    def pulse(self):
+        """A disc swells and shrinks; the loudness follows its radius."""
+        still = 0 * self.t  # (F,)
+        mask = self.disc(self.x + still, self.y + still, self.radius * (0.45 + 1.1 * self.swing))
+        loudness = 0.04 + 0.7 * self.swing_a**1.5
+        audio = loudness * tone(np.full_like(self.ta, self.pitch), self.rate)
+        return mask, audio, self.beats
+
+    def rain(self):
+        """Falling streaks, and a hiss; both follow a density."""
+        n = 14
+        length = 0.65 * self.radius
+        width = 0.13 * self.radius
+        x = (self.rng.permutation(n) + 0.5) / n  # (n,)
+        y = self.rng.uniform(0, 1, n)
+        y = (y + 1.2 * self.t[:, None]) % (1 + 2 * length) - length  # (F, n), from above to below
+        # The streaks fade in and out one after another.
+        rank = (np.arange(n) + 0.5) / n
+        seen = np.clip((1.2 * self.swing[:, None] - rank) / 0.2, 0, 1).astype(np.float32)  # (F, n)
+        down = self.cover(length - abs(self.grid[:, None] - y[:, None]))  # (F, H, n)
+        across = self.cover(width - abs(x[:, None] - self.grid))  # (n, W)
+        mask = np.minimum((down * seen[:, None]) @ across, 1)  # (F, H, W)
+
+        # Two seconds of noise half an octave around 1.6 pitch, made from its spectrum, below 3.6
+        # kHz: the same wave at any rate.
+        f = np.arange(1, 7200) / 2  # Hz
+        angle = self.rng.uniform(0, tau, 7199).astype(np.float32)
+        level = np.exp(-2 * np.log2(f / (1.6 * self.pitch)) ** 2)
+        half = level * (np.cos(angle) + 1j * np.sin(angle))
+        spectrum = np.concatenate([[0], half])[: self.rate]
+        noise = np.fft.irfft(spectrum, 2 * self.rate)
+        noise = noise * self.rate * np.sqrt(2 / (level @ level))  # RMS 1
+        hiss = (0.03 + 0.27 * self.swing_a) * np.resize(noise, len(self.ta))
+        return mask, np.clip(hiss, -0.99, 0.99), self.beats
 
 
-def _strike(ta, events, pitch, partials, decay):  # at `events`, sorted, the first before 0; each blow starts anew
-    audio, starts = np.empty(len(ta), np.float32), [*np.searchsorted(ta, events), len(ta)]
-    for event, a, b in zip(events, starts, starts[1:]):  # noqa: B905  one more start than events
-        since = (ta[a:b] - event).astype(np.float32)
-        audio[a:b] = sum(level * np.sin(np.float32(pitch * ratio) * tau * since) for ratio, level in partials)
-        audio[a:b] *= np.exp(since * np.float32(-1 / decay))
+def strike(ta, events, pitch, partials, decay):
+    """Blows at `events`, sorted, the first before 0, that die away in `decay` s -> (L,)."""
+    audio = np.empty(len(ta), np.float32)
+    starts = [*np.searchsorted(ta, events), len(ta)]
+    for i, event in enumerate(events):  # each blow starts anew
+        cut = slice(starts[i], starts[i + 1])
+        since = (ta[cut] - event).astype(np.float32)
+        wave = 0
+        for ratio, level in partials:
+            wave += level * np.sin(np.float32(pitch * ratio) * tau * since)
+        audio[cut] = wave
+        audio[cut] *= np.exp(since * np.float32(-1 / decay))
     return audio
 
 
-def _tone(f, rate):  # of frequency f (L,), Hz; its phase is a running (trapezoidal) sum: smooth, alike at any rate
+def tone(f, rate):
+    """A voice of frequency f (L,), Hz -> (L,). Its phase is a running sum by the trapezoidal rule,
+    which is smooth, and alike at any rate."""
     cycles = (np.cumsum(f, dtype=np.float64) - (f + f[0]) / 2) / rate
     phase = tau * (cycles - np.floor(cycles)).astype(np.float32)
-    return sum(np.float32(level) * np.sin(np.float32(ratio) * phase) for ratio, level in SUNG)
+    wave = 0
+    for ratio, level in SUNG:
+        wave += np.float32(level) * np.sin(np.float32(ratio) * phase)
+    return wave
 
 
-# ---- Data sets and batches ---------------------------------------------------------------------------------
 class ToyClips(torch.utils.data.Dataset):
-    """toy_clip as a data set: val is 1024 clips from number 2^40 on, train is all numbers before."""
+    """toy_clip as a data set: val is 1024 clips from number 2^40 on, train is all before."""
+
     labels = list(SCENES)
 
     def __init__(self, scenes, val, frames, size, fps, rate, seed):
         self.numbers = range(2**40, 2**40 + 1024) if val else range(2**40)
-        self.seed, self.args = seed, (frames, size, fps, rate, scenes)
+        self.seed = seed
+        self.shape = (frames, size, fps, rate)
+        self.scenes = scenes
 
     def __len__(self):
         return len(self.numbers)
 
     def __getitem__(self, i):
-        return toy_clip(self.seed, self.numbers[i], *self.args)
+        return toy_clip(self.seed, self.numbers[i], *self.shape, self.scenes)
+
+
+# ---- Data sets
 
 
 class PreparedClips(torch.utils.data.Dataset):
-    """Windows of the segments in datasets/NAME: disjoint ones in order (val), random ones (train); len() counts the
-    former. Files are mapped when a clip is read, so none stays open."""
+    """Windows of the segments in datasets/NAME, which `prepare` made.
+
+    val: disjoint ones, in order; train: random ones. len() counts the disjoint ones. Files are
+    mapped when a clip is read, so none stays open.
+    """
 
     def __init__(self, name, val, frames, size, fps, rate, seed):
-        self.folder, self.val, self.seed, self.kind = ROOT / name, val, seed, (frames, size, rate)
-        if not (self.folder / "meta.json").is_file():
-            there = ", ".join(sorted(p.parent.name for p in ROOT.glob("*/meta.json")))
-            raise UserError(f"There is no data set '{name}' in {ROOT}/: make it with `python data.py prepare "
-                            f"FOLDER --name {name}`." + (f" There are: {there}." if there else ""))
-        self.meta = m = json.loads((self.folder / "meta.json").read_text())
-        if m["fps"] != fps or m["size"] % size or m["rate"] % rate:
-            raise UserError(f"{self.folder} has size {m['size']}, {m['fps']} fps, {m['rate']} Hz: run "
-                            f"`data.py prepare FOLDER --name NAME --size {size} --fps {fps} --rate {rate}`.")
+        self.folder = ROOT / name
+        self.val = val
+        self.frames = frames
+        self.size = size
+        self.rate = rate
+        self.seed = seed
+        self.meta = self.read_meta(name, size, fps, rate)
+
+        # A source is in one split with all its segments.
         clips = read_lines(self.folder, "clips*.jsonl", "shard").values()
-        self.labels, sources = sorted({c["label"] for c in clips}), {c["source"] for c in clips}
-        held_out = {c["source"] for c in clips if c["split"] == "val"} or {max(sources, default="")}  # if none was good
-        self.clips = [c for c in clips if (c["source"] in held_out) == val and c["frames"] >= frames]
+        self.labels = sorted({clip["label"] for clip in clips})
+        held_out = {clip["source"] for clip in clips if clip["split"] == "val"}
+        if not held_out:  # nothing in those files was of use
+            held_out = {max((clip["source"] for clip in clips), default="")}
+        self.clips = []
+        for clip in clips:
+            if (clip["source"] in held_out) == val and clip["frames"] >= frames:
+                self.clips.append(clip)
         if not self.clips:
-            raise UserError(f"{self.folder} has no clips of {frames} frames for {'val' if val else 'train'}: "
-                            "prepare longer videos, and at least two files.")
-        counts = [c["frames"] - frames + 1 for c in self.clips]
-        self.windows = [(k, first) for k, n in enumerate(counts) for first in range(0, n, frames)]
+            raise UserError(
+                f"{self.folder} has no clips of {frames} frames for {'val' if val else 'train'}: "
+                "prepare longer videos, and at least two files."
+            )
+
+        self.windows = []  # (index into clips, first frame)
+        counts = []  # how many windows, overlapping ones too, a clip has
+        for k, clip in enumerate(self.clips):
+            count = clip["frames"] - frames + 1
+            counts.append(count)
+            for first in range(0, count, frames):
+                self.windows.append((k, first))
         self.ends = np.cumsum(counts)
+
+    def read_meta(self, name, size, fps, rate):
+        """What `prepare` was told. Raises UserError if that is of no use here."""
+        path = self.folder / "meta.json"
+        if not path.is_file():
+            message = (
+                f"There is no data set '{name}' in {ROOT}/: make it with "
+                f"`python data.py prepare FOLDER --name {name}`."
+            )
+            there = sorted(p.parent.name for p in ROOT.glob("*/meta.json"))
+            if there:
+                message += f" There are: {', '.join(there)}."
+            raise UserError(message)
+        meta = json.loads(path.read_text())
+        if meta["fps"] != fps or meta["size"] % size or meta["rate"] % rate:
+            raise UserError(
+                f"{self.folder} has size {meta['size']}, {meta['fps']} fps, {meta['rate']} Hz: run "
+                "`data.py prepare FOLDER --name NAME "
+                f"--size {size} --fps {fps} --rate {rate}`."
+            )
+        return meta
 
     def __len__(self):
         return len(self.windows)
 
     def __getitem__(self, i):
         if self.val:
-            k, first = self.windows[i]
-        else:  # every window of every segment is equally likely
-            draw = np.random.default_rng([self.seed, i]).integers(self.ends[-1])
-            k = int(np.searchsorted(self.ends, draw, "right"))
-            first = int(self.ends[k] - 1 - draw)
+            return self.read(*self.windows[i])
+        # Every window of every segment is equally likely.
+        draw = np.random.default_rng([self.seed, i]).integers(self.ends[-1])
+        k = int(np.searchsorted(self.ends, draw, "right"))
+        first = int(self.ends[k] - 1 - draw)
         return self.read(k, first)
 
     def read(self, k, first):
-        c, (frames, size, rate), fps, stored = self.clips[k], self.kind, self.meta["fps"], self.meta["rate"]
-        zoom, skip = self.meta["size"] // size, stored // rate
-        path = f"{self.folder}/shards/{c['shard']}"
-        video = np.load(f"{path}.video.npy", mmap_mode="r")[first:first + frames]
+        """The clip from frame `first` of segment k on, in the size and rate asked for."""
+        clip = self.clips[k]
+        path = f"{self.folder}/shards/{clip['shard']}"
+
+        video = np.load(f"{path}.video.npy", mmap_mode="r")[first : first + self.frames]
+        zoom = self.meta["size"] // self.size
         if zoom > 1:  # area mean
-            video = video.reshape(frames, size, zoom, size, zoom, 3).mean((2, 4)).round()
-        audio = np.load(f"{path}.audio.npy", mmap_mode="r")[first * stored // fps:][:frames * stored // fps]
-        audio = audio / np.float32(32768)
-        if skip > 1:  # low-pass at 0.92 of the new Nyquist frequency; symmetric, so without delay
-            taps = np.sinc(np.arange(-24 * skip, 24 * skip + 1) * 0.92 / skip) * np.hanning(48 * skip + 1)
-            audio = np.convolve(np.pad(audio, 24 * skip, "reflect"), taps / taps.sum(), "valid")[::skip]
-        return {"video": np.array(video, np.uint8), "audio": np.float32(audio[:frames * rate // fps]),
-                "label": self.labels.index(c["label"]), "caption": c["caption"]}
+            size = self.size
+            squares = video.reshape(self.frames, size, zoom, size, zoom, 3)
+            video = squares.mean((2, 4)).round()
+
+        fps = self.meta["fps"]
+        stored = self.meta["rate"]
+        start = first * stored // fps
+        audio = np.load(f"{path}.audio.npy", mmap_mode="r")[start:]
+        audio = audio[: self.frames * stored // fps] / np.float32(32768)
+        skip = stored // self.rate
+        if skip > 1:
+            audio = low_pass(audio, skip)[::skip]
+        return {
+            "video": np.array(video, np.uint8),
+            "audio": np.float32(audio[: self.frames * self.rate // fps]),
+            "label": self.labels.index(clip["label"]),
+            "caption": clip["caption"],
+        }
+
+
+def low_pass(audio, skip):
+    """What is left below 0.92 / skip of the Nyquist frequency; symmetric, so without delay."""
+    n = 24 * skip
+    taps = np.sinc(np.arange(-n, n + 1) * 0.92 / skip) * np.hanning(2 * n + 1)
+    return np.convolve(np.pad(audio, n, "reflect"), taps / taps.sum(), "valid")
 
 
 def open_dataset(name, split="train", frames=16, size=32, fps=10, rate=8000, seed=0):
-    """Split "train" or "val" of "toy", "toy:bounce,glide" (some scenes), or a set prepared in datasets/.
-    dataset[i] depends on (seed, split, i) only; train: any i >= 0, val: i < len(dataset). A prepared set also gives
-    any size and rate that divide its own. Raises UserError for an unknown name or unfit clips."""
-    toy, _, scenes = name.partition(":")
+    """Split "train" or "val" of "toy", "toy:bounce,glide" (some scenes), or a prepared set.
+
+    dataset[i] depends on (seed, split, i) only; train: any i >= 0, val: i < len(dataset). A
+    prepared set also gives any size and rate that divide its own. Raises UserError for an unknown
+    name or unfit clips.
+    """
+    kind, _, scenes = name.partition(":")
     scenes = tuple(scenes.split(",")) if scenes else SCENES
     if split not in ("train", "val") or not set(scenes) <= set(SCENES):
-        raise UserError(f"There is no '{split}' of '{name}': use train or val, and {', '.join(SCENES)}.")
-    kind, source = (ToyClips, scenes) if toy == "toy" else (PreparedClips, name)
-    return kind(source, split == "val", frames, size, fps, rate, seed)
+        raise UserError(
+            f"There is no '{split}' of '{name}': use train or val, and {', '.join(SCENES)}."
+        )
+    if kind == "toy":
+        return ToyClips(scenes, split == "val", frames, size, fps, rate, seed)
+    return PreparedClips(name, split == "val", frames, size, fps, rate, seed)
 
 
 # ---- Batches
@@ -359,7 +550,8 @@ def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
     """The batches over clips 0 ... n - 1 (or as many as there are), dealt to the ranks in turn.
 
     Together the ranks see each clip once. A rank's batch is batch_size // world clips; its last may
-    be smaller. Raises UserError when there are fewer clips than processes.
+    be smaller. "spread" (b,) float32 is a clip's place among all, evenly spread in (0, 1), for its
+    noise level. Raises UserError when there are fewer clips than processes.
     """
     count = min(n, len(dataset))
     if count < world:
@@ -371,7 +563,10 @@ def val_batches(dataset, n, batch_size, rank=0, world=1, seed=0):
     share = max(1, batch_size // world)
     batches = []
     for first in range(0, len(mine), share):
-        batches.append(make_batch(dataset, seed, mine[first : first + share]))
+        numbers = mine[first : first + share]
+        batch = make_batch(dataset, seed, numbers)
+        batch["spread"] = (torch.tensor(numbers) + 0.5) / count
+        batches.append(batch)
     return batches
 
 
@@ -415,6 +610,209 @@ def to_uint8(video):
     return levels.permute(0, 1, 3, 4, 2).contiguous()
 
 
+# ---- Clips in and out of media files
+
+
+def save_clip(path, video, audio, fps, rate):
+    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264, AAC, for any
+    browser), or as .wav when video is None; audio may be None too.
+
+    Sound is cut or zero-padded to F * rate // fps samples; an odd height or width gains a copy of
+    its last line. Raises UserError for another file ending.
+    """
+    path = Path(path)
+    kind = "sound" if video is None else "video"
+    ending = ".wav" if video is None else ".mp4"
+    if path.suffix != ending:
+        raise UserError(f"Cannot write {path}: {kind} must end in {ending}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    # A folder on the same disk, so that the file appears whole, by a rename.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as tmp:
+        new = f"{tmp}/new{ending}"
+        wav = f"{tmp}/new.wav"
+        sound = {}
+        if audio is not None:
+            audio = torch.as_tensor(audio).cpu().float().numpy().reshape(-1)
+            # Sound longer than the frames would outlast them.
+            n = len(audio) if video is None else len(video) * rate // fps
+            audio = np.clip(audio[:n], -1, 1)
+            audio = np.pad(audio, (0, n - len(audio)))
+            soundfile.write(wav, audio, rate, subtype="PCM_16")
+            sound = {"audio_path": wav, "audio_codec": "aac"}
+        if video is not None:
+            video = torch.as_tensor(video).cpu().numpy()
+            height, width = video.shape[1:3]
+            odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+            # Players that ignore the edit list are 1024 samples late: 21 ms at 48 kHz, but 128 ms
+            # at 8 kHz.
+            options = ["-crf", "10", "-movflags", "+faststart", "-ar", "48000"]
+            imageio.mimwrite(
+                new,
+                np.pad(video, odd, "edge"),
+                format="FFMPEG",
+                fps=fps,
+                quality=None,
+                macro_block_size=1,
+                ffmpeg_log_level="error",
+                output_params=options,
+                **sound,
+            )
+        os.replace(new, path)
+
+
+def run_ffmpeg(*arguments, **more):
+    """Run ffmpeg and wait for it -> its exit status and what it said."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-y", *arguments]
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        **more,
+    )
+
+
+def video_filter(size, fps, lead, source_fps):
+    """ffmpeg's filters that cut off `lead` seconds and make square frames at fps."""
+    # fps=round=up shows the LAST frame at each tick: half a source frame earlier, this is the
+    # NEAREST. start_time=0 repeats the first frame of a late video.
+    early = lead + 0.5 / source_fps
+    # Square pixels, fill the square, crop.
+    return (
+        f"setpts=PTS-{early:.6f}/TB,fps={fps}:round=up:start_time=0,"
+        "scale=iw*sar:ih,setsar=1,"
+        f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area,"
+        f"crop={size}:{size}"
+    )
+
+
+def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
+    """What `path` holds from `start` seconds on (all, or about `seconds`), on one clock.
+
+    -> video (n, size, size, 3) uint8, mapped to a file in folder tmp, or None; audio (m,) int16 or
+    None; and ffmpeg's complaints. Lengths are what was decoded, whatever the header says. Raises
+    UserError if ffmpeg fails.
+    """
+    text = run_ffmpeg("-i", f"file:{path}").stderr
+    has_audio = re.search(r"^ *Stream #.* Audio: ", text, re.M)
+    # A cover picture, which is attached, is no video.
+    picture = r"^ *Stream #.* Video: (?!.*attached pic).*?(?:([\d.]+) fps.*)?$"
+    has_video = re.search(picture, text, re.M)
+
+    # Seek to a second before, decode that too, and cut it off. In Vorbis files, which have no
+    # video, seeking is not exact: those are decoded from the start.
+    seek = max(0.0, start - 1) if has_video else 0.0
+    lead = start - seek
+    until = [] if seconds is None else ["-t", f"{lead + seconds + 1:.6f}"]
+    command = ["-loglevel", "error", "-ss", f"{seek:.6f}", "-i", f"file:{path}"]
+    v = os.path.join(tmp, "v")
+    a = os.path.join(tmp, "a")
+    if has_video:
+        filters = video_filter(size, fps, lead, float(has_video[1] or 30))
+        command += ["-map", "0:V:0", *until, "-vf", filters]
+        command += ["-pix_fmt", "rgb24", "-f", "rawvideo", v]
+    if has_audio:
+        # first_pts=0 turns a late start into silence, but would move Vorbis files, which claim one.
+        late = ":async=1:first_pts=0" if has_video else ""
+        command += ["-map", "0:a:0", *until, "-af", f"aresample={rate}{late}"]
+        command += ["-ac", "1", "-f", "s16le", a]
+    # In a session of its own: Ctrl-C would leave files that look complete.
+    run = run_ffmpeg(*command, start_new_session=True)
+    if run.returncode:
+        said = run.stderr.splitlines() or ["ffmpeg failed"]
+        raise UserError(f"Cannot read {path}: {said[-1]}.")
+
+    video = None
+    audio = None
+    if has_video:
+        n = os.path.getsize(v) // (3 * size * size)
+        if n > 0:
+            video = np.memmap(v, np.uint8, "r", shape=(n, size, size, 3))
+    if has_audio:
+        audio = np.fromfile(a, np.int16)[round(lead * rate) :]
+    return video, audio, run.stderr.strip()
+
+
+def load_clip(path, frames, size, fps, rate, start=0.0):
+    """`frames` frames from `start` seconds on and their sound; None for a stream it lacks.
+
+    -> video uint8 (F, H, W, 3), center-cropped to a square, audio float32 (L,), mono. Raises
+    UserError for a missing, broken or too short file.
+    """
+    length = frames * rate // fps
+    with tempfile.TemporaryDirectory() as tmp:
+        video, audio, _ = decode(path, tmp, size, fps, rate, start, frames / fps)
+        if video is not None:
+            video = np.array(video[:frames])
+    if audio is not None and len(audio) == 0:
+        audio = None
+
+    have = []  # the share of what is asked for, of each stream
+    if video is not None:
+        have.append(len(video) / frames)
+    if audio is not None:
+        audio = audio[:length].astype(np.float32) / 32768
+        have.append(len(audio) / length)
+    # Codecs lose up to a frame at the end: that much is filled in.
+    if min(have, default=0) < 1 - 1 / frames:
+        raise UserError(f"{path} is too short: {frames / fps:g} s are needed from {start:g} s on.")
+    if video is not None:
+        video = np.pad(video, ((0, frames - len(video)), (0, 0), (0, 0), (0, 0)), "edge")
+    if audio is not None:
+        audio = np.pad(audio, (0, length - len(audio)))
+    return video, audio
+
+
+def enlarge(video):
+    """Frames (F, H, W, 3) uint8 -> larger or smaller ones, about 64 to 96 rows high."""
+    height, width = video.shape[1:3]
+    scale = max(1, 64 // height) if height < 96 else 96 / height
+    y = ((np.arange(int(height * scale)) + 0.5) / scale).astype(int)
+    x = ((np.arange(int(width * scale)) + 0.5) / scale).astype(int)
+    return video[:, y][:, :, x]
+
+
+def spectrogram(audio, rate, columns):
+    """Sound (L,) -> a picture (96, columns, 3) uint8 of its levels."""
+    n = 2 ** round(np.log2(0.032 * rate))  # samples in a window
+    # One window for every two columns.
+    centers = ((np.arange(0, columns, 2) + 1) / columns * len(audio)).astype(int)
+    windows = np.pad(audio, n // 2)[centers[:, None] + np.arange(n)]  # (columns / 2, n)
+    windows = windows * np.hanning(n)
+    level = 20 * np.log10(abs(np.fft.rfft(windows)).T * 4 / n + 1e-9)  # 0 dB: a sine of amplitude 1
+    rows = np.linspace(n // 2, 0, 96).round().astype(int)
+    level = np.clip(level[rows] / 80 + 1, 0, 1)  # (96, columns / 2)
+    level = (level * 31).round() / 31  # fewer levels: a small file
+    ramp = np.array([[6, 6, 20], [70, 15, 110], [190, 50, 90], [250, 140, 30], [255, 250, 160]])
+    channels = [np.interp(level, np.linspace(0, 1, 5), c) for c in ramp.T]
+    color = np.stack(channels, -1).astype(np.uint8)
+    return np.repeat(color, 2, 1)[:, :columns]
+
+
+def film_strip(path, video, audio, fps, rate):
+    """Write a PNG: the frames in a row above a spectrogram on the same time axis.
+
+    The spectrogram has 96 rows, 0 Hz at the bottom to rate / 2 at the top; dark is -80 dB, light
+    yellow a full-scale sine. Video uint8 (F, H, W, 3) or audio (L,) may be None.
+    """
+    rows = []
+    columns = 1024
+    if video is not None:
+        tiles = enlarge(torch.as_tensor(video).cpu().numpy())  # (F, h, w, 3)
+        tiles = tiles & 0xF8  # fewer levels: a small file
+        columns = tiles.shape[0] * tiles.shape[2]
+        strip = tiles.transpose(1, 0, 2, 3).reshape(-1, columns, 3)
+        rows.append(strip)
+        rows.append(np.full((4, columns, 3), 40, np.uint8))
+    if audio is not None:
+        audio = torch.as_tensor(audio).cpu().float().numpy().reshape(-1)
+        rows.append(spectrogram(audio, rate, columns))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, np.concatenate(rows))
+
+
 # ---- Checkpoints, the log and samples of a run
 
 
@@ -422,7 +820,7 @@ def to_uint8(video):
 MAY_CHANGE = set("""
     preset out stage steps device amp compile checkpoint workers grad_accum init_from
     log_every eval_every val_clips samples sampler sample_steps guidance method seconds
-    sr_ckpt sr_sample_steps griffin_lim need_good mdsa_steps
+    sr_ckpt sr_sample_steps sr_steps griffin_lim need_good mdsa_steps
 """.split())
 
 
@@ -592,103 +990,6 @@ def write_samples(folder, step, video, audio, cfg):
         ending = "wav" if v is None else "mp4"
         save_clip(f"{name}.{ending}", v, a, cfg.fps, cfg.rate)
         film_strip(f"{name}.png", v, a, cfg.fps, cfg.rate)
-
-
-# ---- Clips in and out --------------------------------------------------------------------------------------
-def save_clip(path, video, audio, fps, rate):
-    """Write video uint8 (F, H, W, 3) and audio (L,) in [-1, 1] as .mp4 (H.264, AAC, for any browser), or .wav when
-    video is None; audio may be None too. Sound is cut or zero-padded to F * rate // fps samples; an odd height or width
-    gains a copy of its last line. Raises UserError for another file ending."""
-    path, ending = Path(path), ".wav" if video is None else ".mp4"
-    if path.suffix != ending:
-        raise UserError(f"Cannot write {path}: {'sound' if video is None else 'video'} must end in {ending}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as tmp:  # one disk, atomic
-        # Players that ignore the edit list are 1024 samples late: 21 ms at 48 kHz, but 128 ms at 8 kHz.
-        options = ["-crf", "10", "-movflags", "+faststart", "-ar", "48000"]
-        new, wav, sound = f"{tmp}/new{ending}", f"{tmp}/new.wav", {}
-        if audio is not None:
-            sound = {"audio_path": wav, "audio_codec": "aac"}
-            audio = torch.as_tensor(audio).cpu().float().numpy()
-            n = audio.size if video is None else len(video) * rate // fps  # longer sound outlasts the frames
-            audio = np.pad(np.clip(audio.reshape(-1)[:n], -1, 1), (0, max(0, n - audio.size)))
-            soundfile.write(wav, audio, rate, subtype="PCM_16")
-        if video is not None:
-            odd = [(0, n % 2 if axis in (1, 2) else 0) for axis, n in enumerate(video.shape)]
-            video = np.pad(torch.as_tensor(video).cpu().numpy(), odd, "edge")
-            imageio.mimwrite(new, video, format="FFMPEG", fps=fps, quality=None, macro_block_size=1,
-                             ffmpeg_log_level="error", output_params=options, **sound)
-        os.replace(new, path)
-
-
-def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
-    """What `path` holds from `start` seconds on (all, or about `seconds`), both streams on one clock: video
-    (n, size, size, 3) uint8, mapped to a file in folder tmp, or None; audio (m,) int16 or None; and ffmpeg's
-    complaints. Lengths are what was decoded, whatever the header says. Raises UserError if ffmpeg fails."""
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-y"]
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
-    text = subprocess.run([*ffmpeg, "-i", f"file:{path}"], **options).stderr
-    has_audio = re.search(r"^ *Stream #.* Audio: ", text, re.M)
-    has_video = re.search(r"^ *Stream #.* Video: (?!.*attached pic).*?(?:([\d.]+) fps.*)?$", text, re.M)
-    seek = max(0.0, start - 1) if has_video else 0.0  # in Vorbis files it is not exact
-    v, a, lead = os.path.join(tmp, "v"), os.path.join(tmp, "a"), start - seek  # lead is decoded, then cut off
-    until = [] if seconds is None else ["-t", f"{lead + seconds + 1:.6f}"]
-    command = [*ffmpeg, "-loglevel", "error", "-ss", f"{seek:.6f}", "-i", f"file:{path}"]
-    if has_video:
-        # fps=round=up shows the LAST frame at each tick: half a source frame earlier, this is the NEAREST.
-        # start_time=0 repeats the first frame of a late video. Then: square pixels, fill the square, crop.
-        early = lead + 0.5 / float(has_video[1] or 30)
-        graph = (f"setpts=PTS-{early:.6f}/TB,fps={fps}:round=up:start_time=0,scale=iw*sar:ih,setsar=1,"
-                 f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area,crop={size}:{size}")
-        command += ["-map", "0:V:0", *until, "-vf", graph, "-pix_fmt", "rgb24", "-f", "rawvideo", v]
-    if has_audio:  # first_pts=0 turns a late start into silence, but would move Vorbis files, which claim one
-        late = ":async=1:first_pts=0" if has_video else ""
-        command += ["-map", "0:a:0", *until, "-af", f"aresample={rate}{late}", "-ac", "1", "-f", "s16le", a]
-    run = subprocess.run(command, start_new_session=True, **options)  # Ctrl-C would leave files that look complete
-    if run.returncode:
-        raise UserError(f"Cannot read {path}: {(run.stderr.splitlines() or ['ffmpeg failed'])[-1]}.")
-    n = os.path.getsize(v) // (3 * size * size) if has_video else 0
-    return (np.memmap(v, np.uint8, "r", shape=(n, size, size, 3)) if n else None,
-            np.fromfile(a, np.int16)[round(lead * rate):] if has_audio else None, run.stderr.strip())
-
-
-def load_clip(path, frames, size, fps, rate, start=0.0):
-    """`frames` frames from `start` seconds on and their sound: video uint8 (F, H, W, 3), center-cropped to a square,
-    audio float32 (L,), mono; None for a stream it lacks. Raises UserError for a missing, broken or too short file."""
-    length = frames * rate // fps
-    with tempfile.TemporaryDirectory() as tmp:
-        video, audio, _ = decode(path, tmp, size, fps, rate, start, frames / fps)
-        video = None if video is None else np.array(video[:frames])
-    audio = None if audio is None or not len(audio) else audio[:length].astype(np.float32) / 32768
-    have = min([len(x) / n for x, n in ((video, frames), (audio, length)) if x is not None], default=0)
-    if have < 1 - 1 / frames:  # codecs lose up to a frame at the end: that much is filled in
-        raise UserError(f"{path} is too short: {frames / fps:g} s are needed from {start:g} s on.")
-    if video is not None:
-        video = np.pad(video, ((0, frames - len(video)), (0, 0), (0, 0), (0, 0)), "edge")
-    return video, audio if audio is None else np.pad(audio, (0, length - len(audio)))
-
-
-def film_strip(path, video, audio, fps, rate):
-    """Write a PNG: the frames in a row above a spectrogram on the same time axis (96 rows, 0 Hz at the bottom to
-    rate / 2; dark is -80 dB, light yellow a full-scale sine). Video or audio may be None."""
-    rows, columns = [], 1024
-    if video is not None:
-        video = torch.as_tensor(video).cpu().numpy()
-        scale = max(1, 64 // video.shape[1]) if video.shape[1] < 96 else 96 / video.shape[1]
-        y, x = (((np.arange(int(n * scale)) + 0.5) / scale).astype(int) for n in video.shape[1:3])
-        tiles, columns = video[:, y][:, :, x] & 0xF8, len(video) * len(x)  # fewer levels: a small file
-        rows = [tiles.transpose(1, 0, 2, 3).reshape(len(y), -1, 3), np.full((4, columns, 3), 40, np.uint8)]
-    if audio is not None:
-        audio, n = torch.as_tensor(audio).cpu().float().numpy().reshape(-1), 2 ** round(np.log2(0.032 * rate))
-        centers = ((np.arange(0, columns, 2) + 1) / columns * len(audio)).astype(int)
-        windows = np.pad(audio, n // 2)[centers[:, None] + np.arange(n)] * np.hanning(n)  # (columns / 2, n)
-        level = 20 * np.log10(abs(np.fft.rfft(windows)).T * 4 / n + 1e-9)  # 0 dB: a sine of amplitude 1
-        level = np.clip(level[np.linspace(n // 2, 0, 96).round().astype(int)] / 80 + 1, 0, 1)
-        ramp = np.array([[6, 6, 20], [70, 15, 110], [190, 50, 90], [250, 140, 30], [255, 250, 160]])
-        color = np.stack([np.interp((level * 31).round() / 31, np.linspace(0, 1, 5), c) for c in ramp.T], -1)
-        rows.append(np.repeat(color.astype(np.uint8), 2, 1)[:, :columns])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, np.concatenate(rows))
 
 
 # ---- Any collection of clips: a data set, a folder of .npz files, a folder of videos
@@ -898,139 +1199,264 @@ class Clips:
         self.get = get
 
 
-# ---- Your videos -> datasets/NAME --------------------------------------------------------------------------
-# meta.json, clips.jsonl (a line per segment), files.jsonl (one per source), shards/ (two .npy per segment: uint8
-# frames, int16 sound). Arrays appear whole, by os.replace, and the lines of a source after them: an interrupted
-# run leaves nothing broken, and the same command goes on.
+# ---- Your videos -> datasets/NAME
+# meta.json, clips.jsonl (a line per segment), files.jsonl (one per source), shards/ (two .npy per
+# segment: uint8 frames, int16 sound). Arrays appear whole, by os.replace, and the lines of a source
+# after them: an interrupted run leaves nothing broken, and the same command goes on.
 
-SETTINGS = {"size": (64, "pixels"), "fps": (10, "frames per second"), "rate": (16000, "Hz"),
-            "segment": (34.0, "s, the unit of storage"), "skip_intro": (0.0, "s left out at the start"),
-            "min_seconds": (1.6, "s a segment must last"), "silence": (-60.0, "dBFS its RMS must reach"),
-            "stillness": (0.1, "gray levels, least mean change"), "val": (0.05, "share of files held out")}
+SETTINGS = {
+    "size": (64, "pixels"),
+    "fps": (10, "frames per second"),
+    "rate": (16000, "Hz"),
+    "segment": (34.0, "s, the unit of storage"),
+    "skip_intro": (0.0, "s left out at the start"),
+    "min_seconds": (1.6, "s a segment must last"),
+    "silence": (-60.0, "dBFS its RMS must reach"),
+    "stillness": (0.1, "gray levels, least mean change"),
+    "val": (0.05, "share of files held out"),
+}
 
 
 def read_lines(folder, pattern, key):
-    """{entry[key]: entry}, sorted, of the .jsonl files (each machine has its own), whatever a crash left."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob(pattern)))
-    entries = (json.loads(x) for x in text.splitlines() if x.endswith("}"))  # not a line cut short
-    return dict(sorted({e[key]: e for e in entries}.items()))
+    """{entry[key]: entry}, sorted, of the .jsonl files (each machine has its own), whatever a
+    crash left."""
+    entries = {}
+    for path in sorted(folder.glob(pattern)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):  # not cut short
+                entry = json.loads(line)
+                entries[entry[key]] = entry
+    return dict(sorted(entries.items()))
 
 
 def fault(video, audio, s):
     """Why a segment is of no use under the SETTINGS s, or ""."""
     if len(video) < max(2, s["min_seconds"] * s["fps"]):
         return "too short"
-    if 20 * np.log10(np.sqrt(np.mean(np.square(audio / 32768))) + 1e-9) < s["silence"]:
+    rms = np.sqrt(np.mean(np.square(audio / 32768)))
+    if 20 * np.log10(rms + 1e-9) < s["silence"]:
         return "silent"
-    some = video[:, ::-(-s["size"] // 32), ::-(-s["size"] // 32)].astype(np.int16)  # to save memory
-    return "still" if abs(np.diff(some, axis=0)).mean() < s["stillness"] else ""
+    skip = math.ceil(s["size"] / 32)
+    some = video[:, ::skip, ::skip].astype(np.int16)  # to save memory
+    if abs(np.diff(some, axis=0)).mean() < s["stillness"]:
+        return "still"
+    return ""
+
+
+def describe(folder, source):
+    """The label of a file, its sub-folder, and its caption, from the .txt beside it or the label."""
+    label = Path(source).parent.name or "unlabeled"
+    caption = "a video" if label == "unlabeled" else f"a video of {label}"
+    sidecar = (folder / source).with_suffix(".txt")
+    if sidecar.is_file():
+        words = sidecar.read_text(encoding="utf-8", errors="replace").split()
+        caption = " ".join(words) or caption
+    return label, caption
+
+
+def cut(folder, out, work, split, s, source):
+    """Decode a file once, cut it, write its good segments -> (lines for clips.jsonl, line for
+    files.jsonl with the "reason" why nothing was good, or "", and as "note" what ffmpeg said)."""
+    fps = s["fps"]
+    rate = s["rate"]
+    video, audio, note = decode(folder / source, work, s["size"], fps, rate)
+    if video is None or audio is None:
+        missing = "video" if video is None else "audio"
+        return [], {"source": source, "reason": f"no {missing}"}
+    label, caption = describe(folder, source)
+
+    # Trust what was decoded, not the header; the last second of a damaged file is often half
+    # decoded.
+    n = min(len(video), len(audio) * fps // rate)
+    if note:
+        n -= fps
+    name = hashlib.sha1(source.encode()).hexdigest()[:16]
+    clips = []
+    faults = Counter()
+    for first in range(round(s["skip_intro"] * fps), n, round(s["segment"] * fps)):
+        last = min(n, first + round(s["segment"] * fps))
+        frames = last - first
+        start = first * rate // fps
+        parts = {
+            "video": video[first:last],
+            "audio": audio[start : start + frames * rate // fps],
+        }
+        why = fault(parts["video"], parts["audio"], s)
+        if why:
+            faults[why] += 1
+            continue
+        shard = f"{name}-{first:07d}"
+        for kind, array in parts.items():
+            np.save(f"{work}/new.npy", array)
+            os.replace(f"{work}/new.npy", out / "shards" / f"{shard}.{kind}.npy")
+        line = {
+            "shard": shard,
+            "source": source,
+            "start": first / fps,
+            "duration": frames / fps,
+            "frames": frames,
+            "label": label,
+            "caption": caption,
+            "split": split,
+        }
+        clips.append(line)
+    reason = "" if clips else max(faults, key=faults.get, default="too short")
+    return clips, {"source": source, "reason": reason, "note": note.split("\n")[0]}
 
 
 def prepare_file(folder, out, tmp, held_out, s, source):
-    """Decode a file once, cut it, write its good segments -> (lines for clips.jsonl, line for files.jsonl
-    with the "reason" why nothing was good, or "", and as "note" what ffmpeg complained of)."""
-    clips, faults, fps, rate, step = [], Counter(), s["fps"], s["rate"], round(s["segment"] * s["fps"])
+    """cut() with a folder for what is decoded; whatever is wrong with one file, the run goes on."""
+    split = "val" if source in held_out else "train"
     with tempfile.TemporaryDirectory(dir=tmp, ignore_cleanup_errors=True) as work:
         try:
-            video, audio, note = decode(folder / source, work, s["size"], fps, rate)
-            if video is None or audio is None:
-                return [], {"source": source, "reason": "no video" if video is None else "no audio"}
-            label, sidecar = Path(source).parent.name or "unlabeled", (folder / source).with_suffix(".txt")
-            words = sidecar.read_text(encoding="utf-8", errors="replace").split() if sidecar.is_file() else []
-            caption = " ".join(words) or f"a video of {label}".removesuffix(" of unlabeled")
-            # Trust what was decoded, not the header; the last second of a damaged file is often half decoded.
-            n = min(len(video), len(audio) * fps // rate) - (fps if note else 0)
-            for a in range(round(s["skip_intro"] * fps), n, step):
-                b, shard = min(n, a + step), f"{hashlib.sha1(source.encode()).hexdigest()[:16]}-{a:07d}"
-                parts = {"video": video[a:b], "audio": audio[a * rate // fps:][:(b - a) * rate // fps]}
-                if why := fault(parts["video"], parts["audio"], s):
-                    faults[why] += 1
-                    continue
-                for kind, array in parts.items():
-                    np.save(f"{work}/new.npy", array)
-                    os.replace(f"{work}/new.npy", out / "shards" / f"{shard}.{kind}.npy")
-                clips.append({"shard": shard, "source": source, "start": a / fps, "duration": (b - a) / fps,
-                              "frames": b - a, "label": label, "caption": caption,
-                              "split": "val" if source in held_out else "train"})
-        except Exception as error:  # whatever is wrong with one file, the run goes on
-            return [], {"source": source, "reason": "broken", "note": str(error).split("\n")[0]}
-    why = "" if clips else max(faults, key=faults.get, default="too short")
-    return clips, {"source": source, "reason": why, "note": note.split("\n")[0]}
+            return cut(folder, out, work, split, s, source)
+        except Exception as error:
+            note = str(error).split("\n")[0]
+            return [], {"source": source, "reason": "broken", "note": note}
+
+
+def list_videos(folder):
+    """The videos in a folder and its sub-folders, as sorted paths from there."""
+    sources = []
+    for path in folder.rglob("*"):
+        hidden = path.name.startswith(".")
+        if path.suffix.lower() in VIDEO_ENDINGS and path.is_file() and not hidden:
+            sources.append(path.relative_to(folder).as_posix())
+    if not sources:
+        what = "are no videos in" if folder.is_dir() else "is no folder"
+        raise UserError(f"There {what} {folder}.")
+    return sorted(sources)
+
+
+def start_meta(out, tmp, s):
+    """Write meta.json. Raises UserError when `out` was made with other settings."""
+    meta = out / "meta.json"
+    if meta.is_file():
+        old = json.loads(meta.read_text())
+        changed = [f"--{name} {old.get(name)}" for name in s if old.get(name) != s[name]]
+        if changed:
+            raise UserError(
+                f"{out} was made with {' '.join(changed)}: use that, another --name, or delete it."
+            )
+    shutil.rmtree(tmp, ignore_errors=True)  # an interrupted run may have left its own
+    tmp.mkdir(parents=True)
+    said = {**s, "ffmpeg": imageio_ffmpeg.get_ffmpeg_version()}
+    (tmp / "meta").write_text(json.dumps(said))
+    os.replace(tmp / "meta", meta)
+
+
+def add_lines(path, lines):
+    """Append to a .jsonl file. Newline first: a line that a crash cut short stays one of its own."""
+    with open(path, "a", encoding="utf-8") as f:
+        for line in lines:
+            if f.tell() > 0:
+                f.write("\n")
+            f.write(json.dumps(line))
 
 
 def prepare(folder, out, workers, part, parts, s):
-    """The command `prepare` for every parts-th file of `folder`, with SETTINGS s, into folder `out`."""
-    sources = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                     if p.suffix.lower() in VIDEO_ENDINGS and p.is_file() and not p.name.startswith("."))
-    if not sources:
-        raise UserError(f"There {'are no videos in' if folder.is_dir() else 'is no folder'} {folder}.")
-    meta, end = out / "meta.json", "" if parts == 1 else f"-{part}-of-{parts}"  # end: of files only we write
-    old = json.loads(meta.read_text()) if meta.is_file() else s
-    if changed := [f"--{k} {old.get(k)}" for k in s if old.get(k) != s[k]]:
-        raise UserError(f"{out} was made with {' '.join(changed)}: use that, another --name, or delete it.")
-    done, mine = read_lines(out, "files*.jsonl", "source"), sources[part::parts]
-    todo, hour = [x for x in mine if x not in done], 3600 * (s["fps"] * 3 * s["size"] ** 2 + s["rate"] * 2)
+    """The command `prepare` for every parts-th file of `folder`, with SETTINGS s, into `out`."""
+    sources = list_videos(folder)
+    ending = "" if parts == 1 else f"-{part}-of-{parts}"  # of files that only this machine writes
+    tmp = out / "shards" / f"tmp{ending}"
+    start_meta(out, tmp, s)
+    done = read_lines(out, "files*.jsonl", "source")
+    mine = sources[part::parts]
+    todo = [source for source in mine if source not in done]
+    hour = 3600 * (s["fps"] * 3 * s["size"] ** 2 + s["rate"] * 2)  # bytes
     print(f"{len(mine)} files, {len(todo)} of them to do; an hour of video takes {hour / 1e6:.0f} MB.")
-    tmp = out / "shards" / f"tmp{end}"  # an interrupted run may have left its own
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    (tmp / "meta").write_text(json.dumps({**s, "ffmpeg": imageio_ffmpeg.get_ffmpeg_version()}))
-    os.replace(tmp / "meta", meta)
-    order = sorted(sources, key=lambda x: hashlib.sha1(x.encode()).digest())  # the same on all machines
-    held_out = set(order[:max(1, round(s["val"] * len(order)))])
+
+    # Held out by the hash of the name: the same on all machines.
+    order = sorted(sources, key=lambda source: hashlib.sha1(source.encode()).digest())
+    held_out = set(order[: max(1, round(s["val"] * len(order)))])
     job = functools.partial(prepare_file, folder, out, tmp, held_out, s)
     with ThreadPool(workers) as pool:  # threads suffice: ffmpeg is a process of its own
-        for clips, line in tqdm(pool.imap_unordered(job, todo), total=len(todo), unit="file"):
-            for kind, lines in (("clips", clips), ("files", [line])):
-                with open(out / f"{kind}{end}.jsonl", "a", encoding="utf-8") as f:
-                    for x in lines:  # newline first: a line that a crash cut short stays one of its own
-                        f.write("\n" * (f.tell() > 0) + json.dumps(x))
+        results = pool.imap_unordered(job, todo)
+        for clips, line in tqdm(results, total=len(todo), unit="file"):
+            add_lines(out / f"clips{ending}.jsonl", clips)
+            add_lines(out / f"files{ending}.jsonl", [line])
             done[line["source"]] = line
             if line.get("note"):
-                tqdm.write(f"{line['source']}: {line['reason'] or 'damaged, kept in part'}: {line['note']}")
+                verdict = line["reason"] or "damaged, kept in part"
+                tqdm.write(f"{line['source']}: {verdict}: {line['note']}")
     shutil.rmtree(tmp, ignore_errors=True)
-    lines, clips = [done[x] for x in mine], read_lines(out, "clips*.jsonl", "shard").values()
-    table = Counter("files skipped: " + x["reason"] if x["reason"] else "files ok" for x in lines)
-    table |= {"clips": len(clips), "hours": round(sum(c["duration"] for c in clips) / 3600, 3)}
-    print("\n".join(f"{k:30}{n:>10}" for k, n in table.items()))
+    report([done[source] for source in mine], out)
+
+
+def report(lines, out):
+    """Print how many files were of use, or why not, and what the data set holds."""
+    table = Counter()
+    for line in lines:
+        reason = line["reason"]
+        table[f"files skipped: {reason}" if reason else "files ok"] += 1
+    clips = read_lines(out, "clips*.jsonl", "shard").values()
+    table["clips"] = len(clips)
+    table["hours"] = round(sum(clip["duration"] for clip in clips) / 3600, 3)
+    for name, count in table.items():
+        print(f"{name:30}{count:>10}")
 
 
 def preview(name, n, out, size, fps, rate):
     """Write n clips of a data set as mp4 and PNG, and all the PNGs in one, sheet.png."""
-    dataset, strips = open_dataset(name, "train", 16, size, fps, rate), []
-    for i, clip in enumerate(dataset[i] for i in range(n)):
+    dataset = open_dataset(name, "train", 16, size, fps, rate)
+    strips = []
+    for i in range(n):
+        clip = dataset[i]
         path = out / f"{i:02d}-{dataset.labels[clip['label']]}"
         save_clip(f"{path}.mp4", clip["video"], clip["audio"], fps, rate)
         film_strip(f"{path}.png", clip["video"], clip["audio"], fps, rate)
-        strips.append(np.pad(imageio.imread(f"{path}.png"), ((0, 12), (0, 0), (0, 0))))
+        strip = imageio.imread(f"{path}.png")
+        strips.append(np.pad(strip, ((0, 12), (0, 0), (0, 0))))
         print(f"{path}.mp4  {clip['caption']}")
     imageio.imwrite(out / "sheet.png", np.concatenate(strips))
 
 
-def main(argv=None):
-    options = {"name": ("", "of the data set to prepare"), "workers": (2, "files decoded at a time"),
-               "shard": ("0/1", "i/n: this is machine i of n that share the folder"),
-               "n": (10, "clips to preview"), "out": ("out/preview", "folder for them"), **SETTINGS}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)")
-    parser.add_argument("command", choices=["preview", "prepare"])
-    parser.add_argument("what", help="set, or folder of videos: sub-folder = label, x.txt = caption of x.mp4")
-    for name, (default, text) in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} ({default})")
-    args = parser.parse_args(argv)
+def run(args):
+    """Do what the command line asks for. Raises UserError where that makes no sense."""
+    counts = (args.size, args.fps, args.rate, args.n, args.workers)
+    if min(counts) < 1 or args.segment * args.fps < 2:
+        raise UserError(
+            "--size, --fps, --rate, --n and --workers are at least 1, --segment two frames."
+        )
+    if args.command == "preview":
+        preview(args.what, args.n, Path(args.out), args.size, args.fps, args.rate)
+        return
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if not args.name or not shard or int(shard[1]) >= int(shard[2]):
+        raise UserError("prepare needs --name NAME, and --shard must be i/n with i from 0 to n - 1.")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    out = ROOT / args.name
+    prepare(Path(args.what), out, args.workers, int(shard[1]), int(shard[2]), settings)
+
+
+def main(argv=None):
+    options = {
+        "name": ("", "of the data set to prepare"),
+        "workers": (2, "files decoded at a time"),
+        "shard": ("0/1", "i/n: this is machine i of n that share the folder"),
+        "n": (10, "clips to preview"),
+        "out": ("out/preview", "folder for them"),
+        **SETTINGS,
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)",
+    )
+    parser.add_argument("command", choices=["preview", "prepare"])
+    parser.add_argument(
+        "what", help="set, or folder of videos: sub-folder = label, x.txt = caption of x.mp4"
+    )
+    for name, (default, text) in options.items():
+        text = f"{text} ({default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    args = parser.parse_args(argv)
     try:
-        if min(args.size, args.fps, args.rate, args.n, args.workers, args.segment * args.fps - 1) < 1:
-            raise UserError("--size, --fps, --rate, --n and --workers are at least 1, --segment two frames.")
-        if args.command == "preview":
-            return preview(args.what, args.n, Path(args.out), args.size, args.fps, args.rate)
-        if not args.name or not shard or int(shard[1]) >= int(shard[2]):
-            raise UserError("prepare needs --name NAME, and --shard must be i/n with i from 0 to n - 1.")
-        settings = {k: getattr(args, k) for k in SETTINGS}
-        prepare(Path(args.what), ROOT / args.name, args.workers, int(shard[1]), int(shard[2]), settings)
-    except (UserError, KeyboardInterrupt) as error:
-        raise SystemExit(f"data.py: {error}" if str(error) else "data.py: interrupted") from None
+        run(args)
+    except UserError as error:
+        end("data.py", error)
+    except KeyboardInterrupt:
+        end("data.py", "interrupted")
 
 
 if __name__ == "__main__":
