@@ -169,6 +169,7 @@ def toy_clip(seed, index, frames=16, size=32, fps=10, rate=8000, scenes=SCENES):
         b = ground[:, c, None, None]  # (F, 1, 1)
         video[..., c] = b + mask * (np.float32(COLORS[color][c]) - b) + np.float32(0.5)
 
+    # What can be seen and heard, in words.
     tempo = "quickly" if period < (low + high) / 2 else "slowly"
     caption = CAPTIONS[name].format(
         size=SIZES[which], pitch=PITCHES[which], color=color, back=back, tempo=tempo
@@ -190,22 +191,22 @@ class Scene:
 
     def __init__(self, name, rng, radius, pitch, period, frames, size, fps, rate):
         self.rng = rng
-        self.radius = radius
-        self.pitch = pitch
-        self.period = period
-        self.size = size
-        self.rate = rate
-        self.grid = (np.arange(size) + 0.5) / size  # (H,) = (W,), where the pixels are
-        self.ta = np.arange(frames * rate // fps) / rate  # (L,) s, of the samples
+        self.radius = radius  # in frame heights
+        self.pitch = pitch  # Hz
+        self.period = period  # s
+        self.rate = rate  # Hz
+        self.grid = (np.arange(size) + 0.5) / size  # (H,) and (W,): the middles of pixels
+        self.ta = np.arange(frames * rate // fps) / rate  # (L,) s: the times of samples
 
         # The cycle is a whole number at the beats, the first of which is before 0.
         phase, drift = rng.uniform(0, 1, 2)
-        self.beats = period * (np.arange(frames / fps / period + 2) - phase)
+        beats = period * (np.arange(frames / fps / period + 2) - phase)
+        self.beats = beats
 
         # What a frame shows: its middle, or the moment of an impact.
         t = (np.arange(frames) + 0.5) / fps  # (F,) s
         if name in ("bounce", "collide"):
-            contacts = self.beats[(self.beats >= 0) & (self.beats < frames / fps)]
+            contacts = beats[(beats >= 0) & (beats < frames / fps)]
             t[(contacts * fps).astype(int)] = contacts
         self.t = t
 
@@ -214,11 +215,11 @@ class Scene:
         self.swing = 0.5 + 0.5 * np.cos(tau * self.cycle)  # (F,), 1 at the beats, 0 between them
         self.swing_a = 0.5 + 0.5 * np.cos(tau * cycle_a)  # (L,)
         self.wander = 0.5 + 0.28 * np.sin(tau * (t / 2.5 + drift))  # (F,), to and fro
-        self.x, self.y = rng.uniform(0.4, 0.6, 2)
+        self.x, self.y = rng.uniform(0.4, 0.6, 2)  # about the middle of the frame
 
     def cover(self, inside):
         """How far a pixel's center is inside a shape -> its anti-aliased coverage, 0 ... 1."""
-        pixels = np.asarray(inside, np.float32) * np.float32(self.size)
+        pixels = np.asarray(inside, np.float32) * np.float32(len(self.grid))
         return np.clip(pixels + np.float32(0.5), 0, 1)
 
     def disc(self, x, y, radius):
@@ -230,14 +231,14 @@ class Scene:
 
     def bounce(self):
         """A ball under gravity, 7.2 frame heights / s^2; every impact on the floor rings."""
-        part = self.cycle % 1  # of the way from impact to impact
+        part = self.cycle % 1  # (F,): of the way from impact to impact
         height = 3.6 * self.period**2 * part * (1 - part)
         mask = self.disc(self.wander, 1 - self.radius - height, self.radius)
         audio = 0.95 * strike(self.ta, self.beats, self.pitch, SUNG, 0.15)
         return mask, audio, self.beats
 
     def collide(self):
-        """Two blocks. Their gap |sin| is sharp where they meet and knock, smooth where they turn."""
+        """Two blocks; their gap |sin| is sharp where they meet and knock, round where they turn."""
         half = 0.6 * self.radius
         gap = (0.4 - 1.2 * self.radius) * abs(np.sin(np.pi * self.cycle[:, None]))  # (F, 1)
         across = self.cover(half - abs(abs(self.grid - self.x) - half - gap))  # (F, W)
@@ -250,6 +251,7 @@ class Scene:
         """A disc wanders; the pitch follows its height, 1.4 octaves from 290 Hz."""
         mask = self.disc(self.wander, 0.78 - 0.56 * self.swing, self.radius)
         audio = 0.38 * tone(290 * 2 ** (1.4 * self.swing_a), self.rate)
+        # It turns at its highest, the beats, and at its lowest.
         turns = np.concatenate([self.beats, self.beats + self.period / 2])
         return mask, audio, np.sort(turns)
 
@@ -257,7 +259,7 @@ class Scene:
         """A disc swells and shrinks; the loudness follows its radius."""
         still = 0 * self.t  # (F,)
         mask = self.disc(self.x + still, self.y + still, self.radius * (0.45 + 1.1 * self.swing))
-        loudness = 0.04 + 0.7 * self.swing_a**1.5
+        loudness = 0.04 + 0.7 * self.swing_a**1.5  # (L,)
         audio = loudness * tone(np.full_like(self.ta, self.pitch), self.rate)
         return mask, audio, self.beats
 
@@ -266,8 +268,8 @@ class Scene:
         n = 14
         length = 0.65 * self.radius
         width = 0.13 * self.radius
-        x = (self.rng.permutation(n) + 0.5) / n  # (n,)
-        y = self.rng.uniform(0, 1, n)
+        x = (self.rng.permutation(n) + 0.5) / n  # (n,), evenly spread
+        y = self.rng.uniform(0, 1, n)  # (n,), at time 0
         y = (y + 1.2 * self.t[:, None]) % (1 + 2 * length) - length  # (F, n), from above to below
         # The streaks fade in and out one after another.
         rank = (np.arange(n) + 0.5) / n
@@ -281,9 +283,9 @@ class Scene:
         f = np.arange(1, 7200) / 2  # Hz
         angle = self.rng.uniform(0, tau, 7199).astype(np.float32)
         level = np.exp(-2 * np.log2(f / (1.6 * self.pitch)) ** 2)
-        half = level * (np.cos(angle) + 1j * np.sin(angle))
-        spectrum = np.concatenate([[0], half])[: self.rate]
-        noise = np.fft.irfft(spectrum, 2 * self.rate)
+        waves = level * (np.cos(angle) + 1j * np.sin(angle))
+        spectrum = np.concatenate([[0], waves])[: self.rate]  # from 0 Hz on
+        noise = np.fft.irfft(spectrum, 2 * self.rate)  # (2 * rate,)
         noise = noise * self.rate * np.sqrt(2 / (level @ level))  # RMS 1
         hiss = (0.03 + 0.27 * self.swing_a) * np.resize(noise, len(self.ta))
         return mask, np.clip(hiss, -0.99, 0.99), self.beats
@@ -295,7 +297,7 @@ def strike(ta, events, pitch, partials, decay):
     starts = [*np.searchsorted(ta, events), len(ta)]
     for i, event in enumerate(events):  # each blow starts anew
         cut = slice(starts[i], starts[i + 1])
-        since = (ta[cut] - event).astype(np.float32)
+        since = (ta[cut] - event).astype(np.float32)  # s
         wave = 0
         for ratio, level in partials:
             wave += level * np.sin(np.float32(pitch * ratio) * tau * since)
@@ -334,6 +336,18 @@ class ToyClips(torch.utils.data.Dataset):
 
 
 # ---- Data sets
+
+
+def read_lines(folder, pattern, key):
+    """{entry[key]: entry}, sorted, of the .jsonl files (each machine has its own), whatever a
+    crash left."""
+    entries = {}
+    for path in sorted(folder.glob(pattern)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):  # not cut short
+                entry = json.loads(line)
+                entries[entry[key]] = entry
+    return dict(sorted(entries.items()))
 
 
 class PreparedClips(torch.utils.data.Dataset):
@@ -643,7 +657,7 @@ def save_clip(path, video, audio, fps, rate):
         if video is not None:
             video = torch.as_tensor(video).cpu().numpy()
             height, width = video.shape[1:3]
-            odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+            odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # H.264 wants even sizes
             # Players that ignore the edit list are 1024 samples late: 21 ms at 48 kHz, but 128 ms
             # at 8 kHz.
             options = ["-crf", "10", "-movflags", "+faststart", "-ar", "48000"]
@@ -652,8 +666,8 @@ def save_clip(path, video, audio, fps, rate):
                 np.pad(video, odd, "edge"),
                 format="FFMPEG",
                 fps=fps,
-                quality=None,
-                macro_block_size=1,
+                quality=None,  # crf says it
+                macro_block_size=1,  # keep the size, if it does not divide by 16
                 ffmpeg_log_level="error",
                 output_params=options,
                 **sound,
@@ -707,8 +721,8 @@ def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
     lead = start - seek
     until = [] if seconds is None else ["-t", f"{lead + seconds + 1:.6f}"]
     command = ["-loglevel", "error", "-ss", f"{seek:.6f}", "-i", f"file:{path}"]
-    v = os.path.join(tmp, "v")
-    a = os.path.join(tmp, "a")
+    v = f"{tmp}/v"  # raw frames
+    a = f"{tmp}/a"  # raw samples
     if has_video:
         filters = video_filter(size, fps, lead, float(has_video[1] or 30))
         command += ["-map", "0:V:0", *until, "-vf", filters]
@@ -724,6 +738,7 @@ def decode(path, tmp, size, fps, rate, start=0.0, seconds=None):
         said = run.stderr.splitlines() or ["ffmpeg failed"]
         raise UserError(f"Cannot read {path}: {said[-1]}.")
 
+    # What was decoded may be nothing.
     video = None
     audio = None
     if has_video:
@@ -769,6 +784,7 @@ def enlarge(video):
     """Frames (F, H, W, 3) uint8 -> larger or smaller ones, about 64 to 96 rows high."""
     height, width = video.shape[1:3]
     scale = max(1, 64 // height) if height < 96 else 96 / height
+    # The nearest pixel, so that single ones can be seen.
     y = ((np.arange(int(height * scale)) + 0.5) / scale).astype(int)
     x = ((np.arange(int(width * scale)) + 0.5) / scale).astype(int)
     return video[:, y][:, :, x]
@@ -785,9 +801,10 @@ def spectrogram(audio, rate, columns):
     rows = np.linspace(n // 2, 0, 96).round().astype(int)
     level = np.clip(level[rows] / 80 + 1, 0, 1)  # (96, columns / 2)
     level = (level * 31).round() / 31  # fewer levels: a small file
+    # From black over violet and red to light yellow.
     ramp = np.array([[6, 6, 20], [70, 15, 110], [190, 50, 90], [250, 140, 30], [255, 250, 160]])
     channels = [np.interp(level, np.linspace(0, 1, 5), c) for c in ramp.T]
-    color = np.stack(channels, -1).astype(np.uint8)
+    color = np.stack(channels, -1).astype(np.uint8)  # (96, columns / 2, 3)
     return np.repeat(color, 2, 1)[:, :columns]
 
 
@@ -803,8 +820,8 @@ def film_strip(path, video, audio, fps, rate):
         tiles = enlarge(torch.as_tensor(video).cpu().numpy())  # (F, h, w, 3)
         tiles = tiles & 0xF8  # fewer levels: a small file
         columns = tiles.shape[0] * tiles.shape[2]
-        strip = tiles.transpose(1, 0, 2, 3).reshape(-1, columns, 3)
-        rows.append(strip)
+        strip = tiles.transpose(1, 0, 2, 3)  # (h, F, w, 3)
+        rows.append(strip.reshape(-1, columns, 3))  # (h, F*w, 3)
         rows.append(np.full((4, columns, 3), 40, np.uint8))
     if audio is not None:
         audio = torch.as_tensor(audio).cpu().float().numpy().reshape(-1)
@@ -825,11 +842,21 @@ MAY_CHANGE = set("""
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Turn what the system says of a full disk, or of a folder that is not ours, into UserError."""
+def whole_file(path):
+    """Where to write a file that gets the name `path` when it is complete.
+
+    Whatever happens meanwhile, the old one stays. Raises UserError for a full disk, or a folder
+    that is not ours.
+    """
+    new = f"{path}.tmp"
     try:
-        yield
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch turns some of the former into the latter
+        # Half a file is of no use, and the disk may be full because of it.
+        with contextlib.suppress(OSError):
+            os.unlink(new)
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"Cannot write {path}; what was there is kept ({reason}).") from error
 
@@ -837,23 +864,13 @@ def writing(path):
 def save_checkpoint(path, step, cfg, parts):
     """Save parts, {name: anything with a state_dict}, with the step and the config.
 
-    The file gets its name when it is complete: whatever happens meanwhile, the old one stays.
-    Raises UserError when there is no room.
+    Raises UserError when it cannot be written; the old file stays.
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     state["step"] = step
     state["cfg"] = dataclasses.asdict(cfg)
-    new = Path(f"{path}.tmp")
-    try:
-        with writing(path):
-            new.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, new)
-            os.replace(new, path)
-    except UserError:
-        # Half a file is of no use, and the disk may be full because of it.
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
+    with whole_file(path) as new:
+        torch.save(state, new)
 
 
 def load_checkpoint(path):
@@ -941,16 +958,13 @@ def resume(path, cfg, parts):
 
 def write_lines(path, lines):
     """Write a text file whole or not at all."""
-    with writing(path):
-        Path(f"{path}.tmp").write_text("".join(f"{line}\n" for line in lines))
-        os.replace(f"{path}.tmp", path)
+    with whole_file(path) as new:
+        Path(new).write_text("".join(f"{line}\n" for line in lines))
 
 
 def trim_log(path, step):
     """Start a csv file. Of one that is there, keep the rows before `step` that are not damaged."""
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text(errors="replace") if path.exists() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()  # a last line without its end was cut short
     if not lines or lines[0].split(",")[0] != "step":
@@ -973,7 +987,7 @@ def append_row(path, row):
         write_lines(path, [",".join(columns), *lines[1:]])
     # Blank where the row has no figure: validation and training fill different columns.
     cells = [f"{row[name]:.7g}" if name in row else "" for name in columns]
-    with writing(path), open(path, "a") as f:
+    with open(path, "a") as f:
         f.write(",".join(cells) + "\n")
 
 
@@ -1023,10 +1037,9 @@ def write_npz(path, video, audio, fps, rate, **said):
         if value is not None:
             values = value if isinstance(value, list) else [value] * n
             arrays[name] = np.array(values)
-    with writing(path):
-        with open(f"{path}.new", "wb") as f:
-            np.savez(f, fps=fps, rate=rate, **arrays)
-        os.replace(f"{path}.new", path)
+    # As an open file: numpy would add .npz to the name.
+    with whole_file(path) as new, open(new, "wb") as f:
+        np.savez(f, fps=fps, rate=rate, **arrays)
 
 
 def read_npz(path):
@@ -1128,11 +1141,12 @@ class Clips:
         dataset = open_dataset(what, split, self.frames, self.size, self.fps, self.rate)
         self.about = f"{what}, {split} split"
         self.count = len(dataset)
-        if isinstance(dataset, PreparedClips):
+        prepared = isinstance(dataset, PreparedClips)
+        if prepared:
             self.sources = [dataset.clips[k]["source"] for k, _ in dataset.windows]
 
         def get(i):
-            if isinstance(dataset, PreparedClips):
+            if prepared:
                 clip = dataset.read(*dataset.windows[i])  # these windows do not overlap
             else:
                 clip = dataset[i]
@@ -1153,15 +1167,13 @@ class Clips:
             some, shape = read_npz(path)
             clips += some
             shapes.append(shape)
-            # Sound alone has no frames and no size: what both know must agree.
-            for name, value in shape.items():
-                if shapes[0].get(name, value) != value:
-                    raise UserError(
-                        f"The clips of {path} have {name} {value}, those of {paths[0]} "
-                        f"{shapes[0][name]}: they cannot be compared."
-                    )
-        for shape in shapes:
-            self.__dict__.update(shape)
+            if shape != shapes[0]:
+                raise UserError(
+                    f"The clips of {path} have {shape}, those of {paths[0]} {shapes[0]}: "
+                    "they cannot be compared."
+                )
+        # Sound alone has no frames and no size: those stay as they were given.
+        self.__dict__.update(shapes[0])
         self.about = f"{len(paths)} .npz in {what}, not compressed"
         self.count = len(clips)
         self.get = clips.__getitem__
@@ -1217,18 +1229,6 @@ SETTINGS = {
 }
 
 
-def read_lines(folder, pattern, key):
-    """{entry[key]: entry}, sorted, of the .jsonl files (each machine has its own), whatever a
-    crash left."""
-    entries = {}
-    for path in sorted(folder.glob(pattern)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):  # not cut short
-                entry = json.loads(line)
-                entries[entry[key]] = entry
-    return dict(sorted(entries.items()))
-
-
 def fault(video, audio, s):
     """Why a segment is of no use under the SETTINGS s, or ""."""
     if len(video) < max(2, s["min_seconds"] * s["fps"]):
@@ -1244,7 +1244,7 @@ def fault(video, audio, s):
 
 
 def describe(folder, source):
-    """The label of a file, its sub-folder, and its caption, from the .txt beside it or the label."""
+    """A file's label, which is its sub-folder, and its caption, from the .txt beside it if any."""
     label = Path(source).parent.name or "unlabeled"
     caption = "a video" if label == "unlabeled" else f"a video of {label}"
     sidecar = (folder / source).with_suffix(".txt")
@@ -1346,9 +1346,10 @@ def start_meta(out, tmp, s):
 
 
 def add_lines(path, lines):
-    """Append to a .jsonl file. Newline first: a line that a crash cut short stays one of its own."""
+    """Append to a .jsonl file."""
     with open(path, "a", encoding="utf-8") as f:
         for line in lines:
+            # Newline first: a line that a crash cut short stays one of its own.
             if f.tell() > 0:
                 f.write("\n")
             f.write(json.dumps(line))
@@ -1363,8 +1364,8 @@ def prepare(folder, out, workers, part, parts, s):
     done = read_lines(out, "files*.jsonl", "source")
     mine = sources[part::parts]
     todo = [source for source in mine if source not in done]
-    hour = 3600 * (s["fps"] * 3 * s["size"] ** 2 + s["rate"] * 2)  # bytes
-    print(f"{len(mine)} files, {len(todo)} of them to do; an hour of video takes {hour / 1e6:.0f} MB.")
+    size = 3600 * (s["fps"] * 3 * s["size"] ** 2 + s["rate"] * 2) / 1e6  # MB
+    print(f"{len(mine)} files, {len(todo)} of them to do; an hour of video takes {size:.0f} MB.")
 
     # Held out by the hash of the name: the same on all machines.
     order = sorted(sources, key=lambda source: hashlib.sha1(source.encode()).digest())
@@ -1423,7 +1424,7 @@ def run(args):
         return
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not args.name or not shard or int(shard[1]) >= int(shard[2]):
-        raise UserError("prepare needs --name NAME, and --shard must be i/n with i from 0 to n - 1.")
+        raise UserError("prepare needs --name NAME; --shard must be i/n with i from 0 to n - 1.")
     settings = {name: getattr(args, name) for name in SETTINGS}
     out = ROOT / args.name
     prepare(Path(args.what), out, args.workers, int(shard[1]), int(shard[2]), settings)
@@ -1441,7 +1442,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python data.py preview NAME | prepare FOLDER --name NAME  (--help lists the options)",
+        usage="python data.py preview NAME | prepare FOLDER --name NAME  (options: --help)",
     )
     parser.add_argument("command", choices=["preview", "prepare"])
     parser.add_argument(
