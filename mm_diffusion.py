@@ -1107,7 +1107,7 @@ def replace(step, eps, x, path, normal, given, known):
         noise = {k: normal(y) for k, y in x.items()}
         x = put(known, diffuse(given, abar, noise), x)
         x = step(x, clean(x, eps(x, t), abar), abar, before, normal)
-    return put(known, given, x)
+    return x
 
 
 def guide(step, eps, x, path, normal, given, known, guidance):
@@ -1127,7 +1127,7 @@ def guide(step, eps, x, path, normal, given, known, guidance):
         gradient = dict(zip(x, gradient, strict=True))
         y = {k: z.detach() for k, z in y.items()}
         x = mix((1, y), (-guidance * (1 - before) ** 0.5, gradient))  # eq. 12
-    return put(known, given, x)
+    return x
 
 
 def guide_as_released(step, eps, x, path, normal, given, known, guidance):
@@ -1148,7 +1148,7 @@ def guide_as_released(step, eps, x, path, normal, given, known, guidance):
         x = {k: z.detach() for k, z in y.items()}
         if before < 1:  # the last step is not guided
             x = mix((1, x), (-guidance * abar**0.5, gradient))
-    return put(known, given, x)
+    return x
 
 
 class DPMSolver:

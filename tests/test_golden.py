@@ -3,6 +3,7 @@ every tests/golden/*.pt, or every file of the folder that the environment variab
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_unet_shift(path):
     d = load(path)
     shifts = torch.tensor([R for _, _, R in d["shifts_block_window_shift"]])
     net = unet_of(d)
-    assert len(net.draw_shifts(d["video"].shape[1])) == len(shifts)
+    assert len(net.draw_shifts()) == len(shifts)
     with torch.no_grad():
         v, a = net(d["video"], d["audio"], d["timesteps"], shifts)
         unshifted = net(d["video"], d["audio"], d["timesteps"], torch.zeros_like(shifts))
@@ -145,7 +146,7 @@ def test_paper_names_and_shapes():
     with torch.device("meta"):
         net = mm.CoupledUNet(mm.parse(["--preset", "paper"]))
         wide = mm.CoupledUNet(mm.parse(["--preset", "audioset"]))
-        sr = mm.SRUNet(mm.parse(["--preset", "paper", "--stage", "sr"]))
+        sr = mm.SRUNet(mm.sr_config(mm.parse(["--preset", "paper"])))
     assert list(keys["mm_diffusion"].items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
     assert list(keys["sr"].items()) == [(k, list(p.shape)) for k, p in sr.state_dict().items()]
     assert sum(p.numel() for p in net.parameters()) == 133_675_524
@@ -155,32 +156,87 @@ def test_paper_names_and_shapes():
 
 def analytic_eps(d):
     """The exact noise predictor for Gaussian data N(mu, s^2) under the linear schedule."""
-    process = mm.Diffusion(mm.Config())
+    abar = mm.Diffusion(mm.Config()).abar
 
     def eps(x, t):
-        abar = process.abar[int(t)].item()
+        level = float(abar[int(t)])
         out = {}
-        for k, name in (("v", "video"), ("a", "audio")):
-            mu, s = d["params"][name]["mu"], d["params"][name]["s"]
-            out[k] = (1 - abar) ** 0.5 * (x[k] - abar ** 0.5 * mu) / (abar * s * s + 1 - abar)
+        for k, name in mm.NAMES.items():
+            mu = d["params"][name]["mu"]
+            s = d["params"][name]["s"]
+            noise = x[k] - level**0.5 * mu
+            out[k] = (1 - level) ** 0.5 * noise / (level * s * s + 1 - level)
         return out
-    return eps, process.abar, {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
+
+    return eps, abar, {k: d["x_T"][name] for k, name in mm.NAMES.items()}
 
 
-class ReleasedSolver(mm.DPMSolver):
-    """The released solver's slip: its first-order step for audio mixes the coefficients of the two forms. Its
-    adaptive solver uses that step as the error estimate (and takes 482 network calls where ours takes 30)."""
+class OldSolver(mm.DPMSolver):
+    """What the released solver has beside ours: other nodes, thresholds, and steps of its choice.
+
+    threshold: None, or "dynamic" (Imagen): x_0 to the 99.5 % quantile of its absolute values where
+    that is above 1, then divided by it.
+    """
+
+    threshold = None
+
+    def limit(self, x0):
+        if self.threshold is None:
+            return x0
+        out = {}
+        for k, y in x0.items():
+            limit = torch.quantile(y.flatten(1).abs().float(), 0.995, dim=1).clamp(min=1)
+            limit = mm.spread(limit, y)
+            out[k] = y.clamp(-limit, limit) / limit
+        return out
+
+    def time_nodes(self, steps):
+        """Evenly spaced in time."""
+        return [self.from_time(t) for t in np.linspace(1, 1 / self.T, steps + 1)]
+
+    def adaptive2(self, x, h=0.05, absolute=0.0078, relative=0.05, safety=0.9):
+        """Order 2, order 1 as its error estimate; the worst sample and stream set the step."""
+        s = self.first
+        before = x
+        m = None
+        while self.to_time(s) - 1 / self.T > 1e-5:
+            m = m or self.estimate(x, s)
+            t = s + h
+            lower = self.order1(x, m, s, t)
+            higher = self.order2(x, m, s, t)
+            error = 1e-12
+            for k in x:
+                allowed = torch.maximum(lower[k].abs(), before[k].abs()) * relative
+                excess = (higher[k] - lower[k]) / allowed.clamp(min=absolute)
+                error = max(error, float(excess.square().flatten(1).mean(1).sqrt().max()))
+            if error <= 1:
+                x = higher
+                s = t
+                before = lower
+                m = None
+            h = min(safety * h * error**-0.5, self.last - s)
+        return x
+
+
+class ReleasedSolver(OldSolver):
+    """The released solver's slip: its first-order step for audio mixes the two forms' coefficients.
+
+    Its adaptive solver uses that step as the error estimate (and takes 482 network calls where the
+    one above takes 30).
+    """
 
     def order1(self, x, m, s, t):
         out = super().order1(x, m, s, t)
         if not self.x0:
-            (_, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
-            out["a"] = sigma_t / sigma_s * x["a"] - alpha_t * math.expm1(t - s) * m["a"]
+            A = self.sigma(t) / self.sigma(s)
+            B = self.alpha(t) * math.expm1(t - s)
+            out["a"] = A * x["a"] - B * m["a"]
         return out
 
     def order2(self, x, m, s, t, r=0.5, m1=None):
-        mid = s + r * (t - s)
-        return super().order2(x, m, s, t, r, self.estimate(super().order1(x, m, s, mid), mid))
+        middle = s + r * (t - s)
+        m1 = self.estimate(super().order1(x, m, s, middle), middle)
+        return super().order2(x, m, s, t, r, m1)
 
 
 @files("dpm_solver")
@@ -191,23 +247,31 @@ def test_dpm_solver(path):
         if "BUGGY" in name:
             continue
         s = case["settings"]
-        kind = ReleasedSolver if s["method"] == "adaptive" else mm.DPMSolver
-        solver = kind(eps, abar, s.get("predict_x0", False), "dynamic" if s.get("thresholding") else None)
+        kind = ReleasedSolver if s["method"] == "adaptive" else OldSolver
+        solver = kind(eps, abar, s.get("predict_x0", False))
+        solver.threshold = "dynamic" if s.get("thresholding") else None
+        by_time = s["skip_type"] == "time_uniform"
+        nodes = solver.time_nodes(s["steps"]) if by_time else solver.nodes(s["steps"])
         if s["method"] == "multistep":
-            out = solver.multistep(x, s["steps"], "time" if s["skip_type"] == "time_uniform" else "lambda")
+            out = solver.multistep(x, nodes)
+        elif s["method"] == "singlestep":
+            out = solver.singlestep3(x, nodes)
         else:
-            out = solver.singlestep3(x, s["steps"]) if s["method"] == "singlestep" else solver.adaptive2(x)
-        # The first error estimate of the ++ run is 3e-5, the size of float32's rounding: its step sizes, and so its
-        # result (0.46 away from the exact solution), carry that noise on.
+            out = solver.adaptive2(x)
+        # The first error estimate of the ++ run is 3e-5, the size of float32's rounding: its step
+        # sizes, and so its result (0.46 away from the exact solution), carry that noise on.
         tol = 5e-3 if s.get("thresholding") else 1e-4
-        close(out["v"], case["video"], tol), close(out["a"], case["audio"], tol)
+        for k, stream in mm.NAMES.items():
+            close(out[k], case[stream], tol)
+
     # Without the slip the adaptive solver keeps its promise (tolerance 0.05) in far fewer calls.
     calls = []
-    out = mm.DPMSolver(lambda x, t: (calls.append(t), eps(x, t))[1], abar, x0=False).adaptive2(x)
+    out = OldSolver(lambda x, t: (calls.append(t), eps(x, t))[1], abar, x0=False).adaptive2(x)
     assert (out["v"] - d["exact_ode"]["video"]).abs().max() < 0.05 and len(calls) < 100
     # One clip is as good as two.
-    one = mm.DPMSolver(eps, abar).multistep({k: v[:1] for k, v in x.items()}, 20)
-    both = mm.DPMSolver(eps, abar).multistep(x, 20)
+    solver = mm.DPMSolver(eps, abar)
+    one = solver.multistep({k: v[:1] for k, v in x.items()}, solver.nodes(20))
+    both = solver.multistep(x, solver.nodes(20))
     close(one["v"], both["v"][:1], 1e-6)
 
 
@@ -224,9 +288,12 @@ def step_noise():
 
 def coupled_eps(x, t):
     """The analytic network of the samplers' golden file: both modalities enter both outputs."""
-    v, a = x["v"], x["a"]
-    frames, n = v.shape[1], a.shape[-1] // v.shape[1]
-    mean_a, mean_v = a.flatten(1).mean(1), v.flatten(1).mean(1)
+    v = x["v"]
+    a = x["a"]
+    frames = v.shape[1]
+    n = a.shape[-1] // frames
+    mean_a = a.flatten(1).mean(1)
+    mean_v = v.flatten(1).mean(1)
     eps_v = 0.9 * v + 0.2 * mean_a.view(-1, 1, 1, 1, 1) + 0.001 * t
     eps_v = eps_v + 0.05 * a[:, 0, :frames].view(-1, frames, 1, 1, 1)
     eps_a = 0.8 * a + 0.3 * mean_v.sin().view(-1, 1, 1) - 0.001 * t
@@ -234,48 +301,65 @@ def coupled_eps(x, t):
     return {"v": eps_v, "a": eps_a}
 
 
+def sampler_file(path):
+    d = load(path)
+    process = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"])))
+    return d, process, {k: d["x_T"][name] for k, name in mm.NAMES.items()}
+
+
 @files("samplers_zero_shot")
 def test_ddpm_and_ddim(path):
-    d = load(path)
-    x = {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
-    process = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"])))
-    close(process.betas, torch.tensor(d["betas_T50"], dtype=torch.float64), 1e-12)
-    close(process.abar, torch.tensor(d["alphas_cumprod_T50"], dtype=torch.float64), 1e-12)
-    for name, sampler, steps, p in (("ddpm", "ddpm", None, process), ("ddim50", "ddim", 50, process),
-                                    ("ddim25_of_1000", "ddim", 25, mm.Diffusion(mm.Config()))):
-        out = mm.SAMPLERS[sampler](coupled_eps, x, p, step_noise(), steps)
-        close(out["v"], d["cases"][name]["video"]), close(out["a"], d["cases"][name]["audio"])
+    """Cases named ddpm, ddimN (steps, of T) and ddimN_of_M (of M)."""
+    d, process, x = sampler_file(path)
+    for name, ours in (("betas", process.betas), ("alphas_cumprod", process.abar)):
+        theirs = d[f"{name}_T{d['T']}"]
+        close(ours, torch.tensor(theirs, dtype=torch.float64), 1e-12)
+    seen = 0
+    for name, case in d["cases"].items():
+        found = re.fullmatch(r"(ddpm|ddim)(\d*)(?:_of_(\d+))?", name)
+        if not found:
+            continue
+        kind, steps, T = found.groups()
+        one = mm.Diffusion(mm.Config(diffusion_steps=int(T))) if T else process
+        step = mm.ddpm_step if kind == "ddpm" else mm.ddim_step
+        out = mm.denoise(step, coupled_eps, x, one.path(int(steps or one.T)), step_noise())
+        close(out["v"], case["video"]), close(out["a"], case["audio"])
+        seen += 1
+    assert seen >= 2
 
 
 @files("samplers_zero_shot")
 def test_zero_shot_as_released(path):
-    """The released code's conditional sampling. Its guidance is of the mean over the batch, ours over each clip."""
-    d = load(path)
-    x = {"v": d["x_T"]["video"], "a": d["x_T"]["audio"]}
-    process, seen = mm.Diffusion(mm.Config(diffusion_steps=int(d["T"]))), set()
+    """The released code's conditional sampling; it guides by the mean over the batch, we per clip."""
+    d, process, x = sampler_file(path)
+    seen = set()
     for case in d["cases"].values():
         if "condition" not in case:
             continue
-        name, k = case["condition"], case["condition"][0]
-        guidance = case["class_scale"] * (2 ** 20 if case["use_fp16"] else 1) / len(x[k])
-        given = {k: d["cond"][name]}
-        out = mm.SAMPLERS["ddpm"](coupled_eps, x, process, step_noise(), None, given, "released", guidance)
-        if guidance:                             # it hands back the condition as that went into the last step
-            abar = process.abar[0].float()
-            out[k] = abar.sqrt() * given[k] + (1 - abar).sqrt() * x[k]
+        name = case["condition"]
+        k = name[0]
+        guidance = case["class_scale"] * (2**20 if case["use_fp16"] else 1) / len(x[k])
+        given = {**x, k: d["cond"][name]}
+        known = {stream: torch.full_like(y, stream == k, dtype=torch.bool) for stream, y in x.items()}
+        walk = (mm.ddpm_step, coupled_eps, x, process.path(process.T), step_noise())
+        out = mm.guide_as_released(*walk, given, known, guidance)
+        if guidance:  # it hands back the condition as that went into the last step
+            out[k] = mm.diffuse(given, float(process.abar[0]), x)[k]
         close(out["v"], case["video"]), close(out["a"], case["audio"])
         seen.add((name, guidance > 0))
-    assert len(seen) == 4                        # both directions, replacement and guidance
+    assert len(seen) == 4  # both directions, replacement and guidance
 
 
 @files("mm_unet", without=("shift", "recipe.", "noss", "tiny."))
-def test_training_loss(path):
+def test_training_loss(path, monkeypatch):
     d = load(path)
-    net, process = unet_of(d), mm.Diffusion(mm.Config(random_shift=False))
-    process.noise = lambda *_: (torch.zeros(2), {"v": d["train_noise_video"], "a": d["train_noise_audio"]})
-    batch = {"video": d["train_x0_video"], "audio": d["train_x0_audio"], "key": torch.zeros(2), "step": 0,
-             "u": (d["timesteps"] + 0.5) / 1000}
-    loss, parts = process.loss(net, batch)
+    net = unet_of(d)
+    noise = {"v": d["train_noise_video"], "a": d["train_noise_audio"]}
+    monkeypatch.setattr(mm, "clip_noise", lambda keys, x: (torch.zeros(2), noise))
+    batch = {"video": d["train_x0_video"], "audio": d["train_x0_audio"], "step": 0}
+    batch["key"] = torch.zeros(2)
+    t = (d["timesteps"] + 0.5) / 1000
+    loss, parts = mm.Diffusion(mm.Config(random_shift=False)).loss(net, batch, t)
     assert loss.item() == pytest.approx(d["train_terms"]["loss"].mean().item(), rel=1e-4)
     assert parts["video"].item() == pytest.approx(d["train_terms"]["mse_video"].mean().item(), rel=1e-4)
     assert parts["audio"].item() == pytest.approx(d["train_terms"]["mse_audio"].mean().item(), rel=1e-4)
