@@ -2,7 +2,7 @@
 
     python sample.py --model mm_diffusion                  # the newest run of that model, 4 clips
     python sample.py --model mm_diffusion --ckpt F --n 16 --seed 1 --sampler ddim --steps 50
-    python sample.py --model mm_diffusion --n 2048 --npz   # also clips.npz, uncompressed, for metrics.py
+    python sample.py --model mm_diffusion --n 2048 --npz   # also clips.npz, for metrics.py
     python sample.py --model mm_diffusion --video in.mp4   # sound for a video; --audio: the reverse
     python sample.py --model mm_diffusion --nearest toy    # how close to what was trained on?
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import data
 
+# Everything on the page is beside it: it can be opened from disk, and moved with its folder.
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body{{background:#111;color:#ddd;font:15px sans-serif;margin:2em}}
 figure{{display:inline-block;margin:1em;vertical-align:top}}
@@ -46,6 +47,7 @@ def refuse(message):
 def options(argv=None):
     """The command line -> (options of this file, the others, which are the model's)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    # No abbreviations: --sampl would be ours or the model's.
     parser.error = refuse
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="the model file, without .py")
@@ -54,7 +56,7 @@ def options(argv=None):
     add("--steps", type=int, help="network calls per clip [the model's sample_steps]")
     add("--seed", type=int, default=0, help="clip i depends on seed and i alone [0]")
     add("--out", metavar="DIR", help="new folder [out/NAME/samples_NNN]")
-    add("--device", default="auto", help="cuda, cuda:1, cpu or mps [cuda if there is one, else cpu]")
+    add("--device", default="auto", help="cuda, cuda:1, cpu or mps [cuda if it is there, or cpu]")
     add("--prompt", action="append", help="text: once for all clips, or again for each of them")
     add("--negative_prompt", help="what the clips should not be")
     add("--label", action="append", help="class name: once for all clips, or again for each")
@@ -65,6 +67,7 @@ def options(argv=None):
     add("--npz", action="store_true", help="also write clips.npz: all clips as they were generated")
     add("--nearest", metavar="DATA", help="find each sample's nearest training clip in this set")
     add("--search", type=int, default=2000, help="among so many training clips at most [2000]")
+    # What is not ours is the model's; its config says whether that is right.
     args, rest = parser.parse_known_args(argv)
 
     # Given once, a prompt or label is a value for all clips; more often, a list of one for each.
@@ -97,6 +100,7 @@ def find_model(args):
 
     Raises data.UserError where there is none.
     """
+    # A name, not a path: nothing else than a file of this folder is imported.
     beside = Path(__file__).parent / f"{args.model}.py"
     if not args.model.isidentifier() or not beside.is_file():
         raise data.UserError(f"There is no model file {args.model}.py beside sample.py.")
@@ -121,6 +125,7 @@ def find_out(args):
         if out.exists() and any(out.iterdir()):
             raise data.UserError(f"{out} is not empty: choose another --out.")
         return out
+    # Older samples stay.
     number = 1
     while Path("out", args.model, f"samples_{number:03d}").exists():
         number += 1
@@ -137,9 +142,8 @@ def conditions(args, cfg):
         path = getattr(args, name)
         if not path:
             continue
-        video, audio = data.load_clip(
-            path, cfg.frames, cfg.size, cfg.fps, cfg.rate, args.start
-        )
+        shape = (cfg.frames, cfg.size, cfg.fps, cfg.rate)  # of one window of the model
+        video, audio = data.load_clip(path, *shape, args.start)
         given[name] = video if name == "video" else audio
         if given[name] is None:
             raise data.UserError(f"{path} has no {name}.")
@@ -182,6 +186,7 @@ def nearest(video, audio, cfg, train, val, most):
     Searched are the first clips that the run saw, at most `most`.
     """
     count = min(most, cfg.steps * cfg.batch_size)
+    # Not longer than training clips, as samples may be (--seconds).
     if video is None:
         n = len(audio)
         frames = audio.shape[1] * cfg.fps // cfg.rate
@@ -203,7 +208,7 @@ def nearest(video, audio, cfg, train, val, most):
         queries[stream] = torch.cat([x, held_out[stream]])  # (n + 64, features)
 
     distances = {stream: [] for stream in queries}
-    for first in range(0, count, 100):
+    for first in range(0, count, 100):  # so many at a time in memory
         found = features_of(train, first, min(first + 100, count))
         for stream, x in found.items():
             # Without the shortcut by matrix products, which is not exact near 0.
@@ -213,7 +218,7 @@ def nearest(video, audio, cfg, train, val, most):
         least, where = torch.cat(parts, 1).min(1)  # (n + 64,)
         near = [f"{i:03d} to clip {where[i]}, {least[i]:.1f}" for i in range(n)]
         unit = "gray levels" if stream == "video" else "dB"
-        real = least[n:]
+        real = least[n:]  # (64,)
         print(
             f"{stream}, {unit} (RMS) to the nearest of {count} training clips: {'; '.join(near)}; "
             f"{len(real)} validation clips: median {real.median():.1f}, least {real.min():.1f}"
@@ -227,16 +232,15 @@ def write(out, video, audio, cfg, title, about):
     """Write every clip's files and index.html into the new folder `out`."""
     figures = []
     for i in range(len(audio if video is None else video)):
+        v = None if video is None else video[i]  # (F, H, W, 3)
+        a = None if audio is None else audio[i]  # (L,)
         name = f"{i:03d}"
         tags = []
-        v = None
-        a = None
-        if video is not None:
-            v = video[i]  # (F, H, W, 3)
-            data.save_clip(out / f"{name}.mp4", v, None if audio is None else audio[i], cfg.fps, cfg.rate)
+        if v is not None:
+            data.save_clip(out / f"{name}.mp4", v, a, cfg.fps, cfg.rate)
             tags.append(f'<video src="{name}.mp4" controls loop></video>')
-        if audio is not None:
-            a = audio[i]  # (L,)
+        if a is not None:
+            # Beside the video, whose sound is compressed.
             soundfile.write(out / f"{name}.wav", a.numpy(), cfg.rate)
             tags.append(f'<audio src="{name}.wav" controls></audio>')
         data.film_strip(out / f"{name}.png", v, a, cfg.fps, cfg.rate)
@@ -278,6 +282,7 @@ def run(args, rest):
         val = data.open_dataset(args.nearest, "val", *shape)
     given = conditions(args, cfg)
 
+    # Videos come as uint8 (n, F, H, W, 3), sound as float32 (n, L); one may be None.
     began = time.time()
     video, audio = module.sample(model, args.n, seed=args.seed, **given)
     took = f"{args.n} clips in {time.time() - began:.1f} s"
@@ -289,6 +294,7 @@ def run(args, rest):
     title = inspect.getdoc(module).splitlines()[0]
     about = f"{path}, {describe(args, given, rest)}: {took}"
     write(out, video, audio, cfg, title, about)
+    # Last, as it may take minutes: what was made is there to look at.
     if args.nearest:
         nearest(video, audio, cfg, train, val, args.search)
     print(f"{took}: open {out}/index.html")

@@ -1,5 +1,6 @@
 """Figures computed with the authors' own code. The tests are written over files, not over one configuration: they take
 every tests/golden/*.pt, or every file of the folder that the environment variable GOLDEN_DIR names."""
+
 import json
 import math
 import os
@@ -20,7 +21,9 @@ GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 def files(prefix, without=()):
     """The golden files whose name starts with prefix, as pytest parameters."""
-    found = [p for p in sorted(GOLDEN.glob(prefix + "*.pt")) if not any(w in p.name for w in without)]
+    found = [
+        p for p in sorted(GOLDEN.glob(prefix + "*.pt")) if not any(w in p.name for w in without)
+    ]
     return pytest.mark.parametrize("path", found, ids=lambda p: p.stem)
 
 
@@ -32,7 +35,9 @@ def from_recipe(module, seed):
     """Fill a module's parameters by the written recipe of the golden files."""
     state = {}
     for key, p in module.state_dict().items():
-        z = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(tuple(p.shape))
+        z = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(
+            tuple(p.shape)
+        )
         z = torch.from_numpy(z.astype(np.float32))
         if p.dim() >= 2:
             z = z / math.sqrt(math.prod(p.shape[1:]))
@@ -50,15 +55,26 @@ def numbers(text):
 def unet_of(d):
     """The coupled U-Net that a golden file's config describes, with its weights."""
     c = d["config"]
-    cfg = mm.Config(frames=c["video_size"][0], size=c["video_size"][2], width=c["num_channels"],
-                    mult=numbers(c["channel_mult"]), res_blocks=c["num_res_blocks"], heads=c["num_heads"],
-                    cross_head_dim=c["num_head_channels"], video_attention=numbers(c["video_attention_resolutions"]),
-                    cross_attention=numbers(c["cross_attention_resolutions"]),
-                    windows=numbers(c["cross_attention_windows"]), random_shift=c["cross_attention_shift"],
-                    film=c["use_scale_shift_norm"], dropout=c["dropout"])
+    cfg = mm.Config(
+        frames=c["video_size"][0],
+        size=c["video_size"][2],
+        width=c["num_channels"],
+        mult=numbers(c["channel_mult"]),
+        res_blocks=c["num_res_blocks"],
+        heads=c["num_heads"],
+        cross_head_dim=c["num_head_channels"],
+        video_attention=numbers(c["video_attention_resolutions"]),
+        cross_attention=numbers(c["cross_attention_resolutions"]),
+        windows=numbers(c["cross_attention_windows"]),
+        random_shift=c["cross_attention_shift"],
+        film=c["use_scale_shift_norm"],
+        dropout=c["dropout"],
+    )
     net = from_recipe(mm.CoupledUNet(cfg), d["seed"])
     if "shapes" in d:
-        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
+        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {
+            k: list(s) for k, s in d["shapes"].items()
+        }
     if "state_dict" in d:
         assert list(d["state_dict"]) == list(net.state_dict())
         net.load_state_dict(d["state_dict"])
@@ -109,7 +125,7 @@ def test_unet_grad(path):
     d = load(path)
     net = unet_of(d)
     v, a = net(d["video"], d["audio"], d["timesteps"])
-    loss = (v ** 2).mean() + (a ** 2).mean()
+    loss = (v**2).mean() + (a**2).mean()
     assert loss.item() == pytest.approx(d["loss"], rel=1e-4)
     loss.backward()
     for name, p in net.named_parameters():
@@ -123,18 +139,30 @@ def test_unet_grad(path):
 def test_sr_unet(path):
     d = load(path)
     c = d["config"]
-    net = from_recipe(mm.SRUNet(mm.Config(width=c["model_channels"], mult=tuple(c["channel_mult"]), dropout=0.0,
-                                          res_blocks=c["num_res_blocks"], heads=c["num_heads"],
-                                          video_attention=tuple(c["attention_resolutions"]))), d["seed"])
+    net = from_recipe(
+        mm.SRUNet(
+            mm.Config(
+                width=c["model_channels"],
+                mult=tuple(c["channel_mult"]),
+                dropout=0.0,
+                res_blocks=c["num_res_blocks"],
+                heads=c["num_heads"],
+                video_attention=tuple(c["attention_resolutions"]),
+            )
+        ),
+        d["seed"],
+    )
     if "shapes" in d:
-        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {k: list(s) for k, s in d["shapes"].items()}
+        assert {k: list(p.shape) for k, p in net.state_dict().items()} == {
+            k: list(s) for k, s in d["shapes"].items()
+        }
     if "state_dict" in d:
         assert list(d["state_dict"]) == list(net.state_dict())
         net.load_state_dict(d["state_dict"])
     assert sum(p.numel() for p in net.parameters()) == d["n_params"]
     out = net(d["x"], d["low_res"], d["timesteps"])
     close(out, d["out"])
-    loss = (out ** 2).mean()
+    loss = (out**2).mean()
     assert loss.item() == pytest.approx(d["loss"], rel=1e-4)
     loss.backward()
     for name, p in net.named_parameters():
@@ -142,12 +170,16 @@ def test_sr_unet(path):
 
 
 def test_paper_names_and_shapes():
-    keys = json.loads((Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text())
+    keys = json.loads(
+        (Path(__file__).parent / "golden" / "mm_diffusion_paper_keys.json").read_text()
+    )
     with torch.device("meta"):
         net = mm.CoupledUNet(mm.parse(["--preset", "paper"]))
         wide = mm.CoupledUNet(mm.parse(["--preset", "audioset"]))
         sr = mm.SRUNet(mm.sr_config(mm.parse(["--preset", "paper"])))
-    assert list(keys["mm_diffusion"].items()) == [(k, list(p.shape)) for k, p in net.state_dict().items()]
+    assert list(keys["mm_diffusion"].items()) == [
+        (k, list(p.shape)) for k, p in net.state_dict().items()
+    ]
     assert list(keys["sr"].items()) == [(k, list(p.shape)) for k, p in sr.state_dict().items()]
     assert sum(p.numel() for p in net.parameters()) == 133_675_524
     assert sum(p.numel() for p in wide.parameters()) == 534_017_028
@@ -340,7 +372,9 @@ def test_zero_shot_as_released(path):
         k = name[0]
         guidance = case["class_scale"] * (2**20 if case["use_fp16"] else 1) / len(x[k])
         given = {**x, k: d["cond"][name]}
-        known = {stream: torch.full_like(y, stream == k, dtype=torch.bool) for stream, y in x.items()}
+        known = {
+            stream: torch.full_like(y, stream == k, dtype=torch.bool) for stream, y in x.items()
+        }
         walk = (mm.ddpm_step, coupled_eps, x, process.path(process.T), step_noise())
         out = mm.guide_as_released(*walk, given, known, guidance)
         if guidance:  # it hands back the condition as that went into the last step
@@ -361,8 +395,12 @@ def test_training_loss(path, monkeypatch):
     t = (d["timesteps"] + 0.5) / 1000
     loss, parts = mm.Diffusion(mm.Config(random_shift=False)).loss(net, batch, t)
     assert loss.item() == pytest.approx(d["train_terms"]["loss"].mean().item(), rel=1e-4)
-    assert parts["video"].item() == pytest.approx(d["train_terms"]["mse_video"].mean().item(), rel=1e-4)
-    assert parts["audio"].item() == pytest.approx(d["train_terms"]["mse_audio"].mean().item(), rel=1e-4)
+    assert parts["video"].item() == pytest.approx(
+        d["train_terms"]["mse_video"].mean().item(), rel=1e-4
+    )
+    assert parts["audio"].item() == pytest.approx(
+        d["train_terms"]["mse_audio"].mean().item(), rel=1e-4
+    )
 
 
 @files("metrics_fixtures")
@@ -373,7 +411,9 @@ def test_metrics(path):
         assert metrics.frechet(x, y) == pytest.approx(max(0, case["fd"]), rel=1e-6, abs=1e-9)
         # Sums over batches; where n < D the root of a rank-deficient covariance loses digits.
         a, b = (sum(metrics.moments(part) for part in z.split(7)) for z in (x, y))
-        assert metrics.frechet_of_moments(a, b) == pytest.approx(max(0, case["fd"]), rel=1e-6, abs=1e-5)
+        assert metrics.frechet_of_moments(a, b) == pytest.approx(
+            max(0, case["fd"]), rel=1e-6, abs=1e-5
+        )
         assert metrics.mmd(x, y) == pytest.approx(case["mmd2"], rel=1e-6)
     if c := d.get("mmd_blocks"):
         case = d["frechet_mmd"][c["case"]]
@@ -381,7 +421,9 @@ def test_metrics(path):
         assert [mean, std, *values] == pytest.approx([c["mean"], c["std"], *c["values"]], rel=1e-6)
     if c := d.get("inception"):
         assert metrics.inception_score(c["logits"])[0] == pytest.approx(c["is_exact"], rel=1e-6)
-        assert metrics.inception_score(c["logits"], eps=1e-7)[0] == pytest.approx(c["is_mmdiffusion_eps1e7"], rel=1e-6)
+        assert metrics.inception_score(c["logits"], eps=1e-7)[0] == pytest.approx(
+            c["is_mmdiffusion_eps1e7"], rel=1e-6
+        )
         mean, std, values = metrics.inception_score(c["logits"], 4)
         assert values == pytest.approx(c["is_4_splits"], rel=1e-6)
         assert [mean, std] == pytest.approx([c["is_4_splits_mean"], c["is_4_splits_std"]], rel=1e-6)
@@ -389,16 +431,26 @@ def test_metrics(path):
         real, fake = c["logits_ref"], c["logits_gen"]
         assert metrics.paired_kl(real, fake) == pytest.approx(c["kl_ref_gen"], rel=1e-6)
         assert metrics.paired_kl(fake, real) == pytest.approx(c["kl_gen_ref"], rel=1e-6)
-        assert metrics.paired_kl(real, fake, "softmax_eps") == pytest.approx(c["kl_softmax_eps1e6"], rel=1e-6)
-        assert metrics.paired_kl(real, fake, "sigmoid_eps") == pytest.approx(c["kl_sigmoid_eps1e6"], rel=1e-6)
+        assert metrics.paired_kl(real, fake, "softmax_eps") == pytest.approx(
+            c["kl_softmax_eps1e6"], rel=1e-6
+        )
+        assert metrics.paired_kl(real, fake, "sigmoid_eps") == pytest.approx(
+            c["kl_sigmoid_eps1e6"], rel=1e-6
+        )
     if c := d.get("mi"):  # the figures have no shrinkage
-        assert metrics.mi_gaussian(c["x"], c["y"], shrinkage=0) == pytest.approx(c["gaussian_estimate"], rel=1e-6)
+        assert metrics.mi_gaussian(c["x"], c["y"], shrinkage=0) == pytest.approx(
+            c["gaussian_estimate"], rel=1e-6
+        )
         assert metrics.mi_histogram(c["x"], c["y"]) == pytest.approx(c["hist16_estimate"], rel=1e-6)
         assert metrics.mi_ksg(c["x"], c["y"]) == pytest.approx(c["analytic"], abs=0.03)
         multi = metrics.mi_gaussian(c["x_multi"], c["y_multi"], shrinkage=0)
         assert multi == pytest.approx(c["gaussian_multi"], rel=1e-6)
     if c := d.get("psnr"):
-        close(metrics.psnr(c["x"], c["y"], c["data_range"]), torch.tensor(c["per_item"]).double(), 1e-6)
+        close(
+            metrics.psnr(c["x"], c["y"], c["data_range"]),
+            torch.tensor(c["per_item"]).double(),
+            1e-6,
+        )
         whole = metrics.psnr(c["x"][None], c["y"][None], c["data_range"])[0].item()
         assert whole == pytest.approx(c["of_mean_mse"], rel=1e-6)
     if c := d.get("sisdr"):
@@ -412,7 +464,9 @@ def test_av_align(path):
     d = load(path)
     for c in d.get("peak_lists", ()):
         args = c["audio_peaks"], c["video_peaks"], c["fps"]
-        assert metrics.av_align_iou(*args) == pytest.approx(c["tempotokens_iou"], nan_ok=True), c["name"]
+        assert metrics.av_align_iou(*args) == pytest.approx(c["tempotokens_iou"], nan_ok=True), c[
+            "name"
+        ]
         assert metrics.av_align_mean(*args, 3) == pytest.approx(c["proav_avg_win3"]), c["name"]
         assert metrics.av_align_mean(*args, 1) == pytest.approx(c["proav_avg_win1"]), c["name"]
     for c in d.get("local_max", ()):
@@ -421,7 +475,9 @@ def test_av_align(path):
         strength = metrics.onset_envelope(c["wav"][None], c["sr"], c["hop"], c["n_fft"])[0]
         close(strength, c["envelope"].double(), 2e-5)
         assert metrics.onset_frames(strength, c["sr"], c["hop"]) == c["onset_frames"], c["name"]
-        assert metrics.onset_times(c["wav"], c["sr"]) == pytest.approx(c["resampled22050_onset_times"]), c["name"]
+        assert metrics.onset_times(c["wav"], c["sr"]) == pytest.approx(
+            c["resampled22050_onset_times"]
+        ), c["name"]
     for c in d.get("flow", ()):
         flow = metrics.optical_flow(c["frames_gray"][None].float())[0]  # (F - 1, 2, H, W)
         speed, theirs = flow.norm(dim=1).mean((1, 2)), torch.tensor(c["mean_flow_magnitude"])
@@ -443,17 +499,27 @@ def pvdm_state(d, stream):
         if key == "coords" or "rot_emb" in key:
             continue
         for theirs, ours in PVDM_PLANES.items():
-            for a, b in (("{}_quant_attn", "project.{}"), ("{}_token", "project.{}.token"), ("pre_{}", "pre.{}"),
-                         ("{}_pos_embedding", "project.{}.table"), ("post_{}", "post.{}")):
+            for a, b in (
+                ("{}_quant_attn", "project.{}"),
+                ("{}_token", "project.{}.token"),
+                ("pre_{}", "pre.{}"),
+                ("{}_pos_embedding", "project.{}.table"),
+                ("post_{}", "post.{}"),
+            ):
                 key = key.replace(a.format(theirs), b.format(ours))
         key = key.replace("encoder.to_patch_embedding", "to_patch").replace("to_out.0", "to_out")
         key = key.replace("net.0", "0").replace("net.3", "2").replace("to_pixel.1", "to_pixel")
         if key == "to_pixel.weight":
-            w = w.permute(2, 3, 1, 0).flatten(0, 2)                              # (p * p * 3, D), channels fastest
+            w = w.permute(2, 3, 1, 0).flatten(0, 2)  # (p * p * 3, D), channels fastest
         elif key == "to_pixel.bias":
             w = w.repeat(c["patch"] ** 2)
         elif key.startswith("pre."):
-            w = torch.cat([w.flatten(1) if w.dim() > 1 else w, torch.zeros_like(w.flatten(1) if w.dim() > 1 else w)])
+            w = torch.cat(
+                [
+                    w.flatten(1) if w.dim() > 1 else w,
+                    torch.zeros_like(w.flatten(1) if w.dim() > 1 else w),
+                ]
+            )
         else:
             w = w.reshape(state[key].shape)
         assert state[key].shape == w.shape
@@ -465,15 +531,28 @@ def pvdm_state(d, stream):
 def test_pvdm(path):
     d = load(path)
     c = d["config"]
-    cfg = pa.Config(frames=c["T"], size=c["res"], patch=c["patch"], width=c["channels"], depth=c["depth"],
-                    decoder_depth=c["depth"], heads=c["heads"], head_dim=c["dim_head"], ff_mult=c["ff_mult"],
-                    plane_channels=c["embed_dim"], proj_depth=c["proj_depth"], proj_heads=c["proj_heads"],
-                    proj_mlp=c["proj_mlp"])
+    cfg = pa.Config(
+        frames=c["T"],
+        size=c["res"],
+        patch=c["patch"],
+        width=c["channels"],
+        depth=c["depth"],
+        decoder_depth=c["depth"],
+        heads=c["heads"],
+        head_dim=c["dim_head"],
+        ff_mult=c["ff_mult"],
+        plane_channels=c["embed_dim"],
+        proj_depth=c["proj_depth"],
+        proj_heads=c["proj_heads"],
+        proj_mlp=c["proj_mlp"],
+    )
     stream = pa.Stream(cfg, 3, (cfg.patch, cfg.patch), pvdm=True)
     stream.load_state_dict(pvdm_state(d, stream))
-    x = d["x"].transpose(1, 2)                                                   # (B, F, 3, H, W)
+    x = d["x"].transpose(1, 2)  # (B, F, 3, H, W)
     # The file in tests/golden is cut down to one of the three projections, which are alike; GOLDEN_DIR has them all.
-    whole = {theirs: ours for theirs, ours in PVDM_PLANES.items() if f"{theirs}_token" in d["state_dict"]}
+    whole = {
+        theirs: ours for theirs, ours in PVDM_PLANES.items() if f"{theirs}_token" in d["state_dict"]
+    }
     with torch.no_grad():
         u = stream.encoder(stream.to_patch(stream.patches(x)))
         close(u.flatten(1, 3), d["enc_tokens"])
@@ -499,7 +578,9 @@ def test_reflection(path):
     assert torch.equal(walls[near], d["n_reflections"][near].to(walls))
 
     def velocity(t, x):
-        v = d["amp"] * torch.cos(d["freq"] * t + d["phase"]) + d["sin_gain"] * torch.sin(d["sin_freq"] * x)
+        v = d["amp"] * torch.cos(d["freq"] * t + d["phase"]) + d["sin_gain"] * torch.sin(
+            d["sin_freq"] * x
+        )
         return v + d["flip_gain"] * x.flip(1)
 
     steps = len(d["ts"]) - 1
@@ -518,14 +599,18 @@ def test_stdit3_block(path):
     d = load(path)
     c, i = d["config"], d["inputs"]
     x = i["x"].unflatten(1, (c["T"], c["S"]))
-    close(pa.rotate(d["rope_in"].transpose(1, 2), pa.line(c["T"], d["rope_in"].shape[-1])),
-          d["rope_out"].transpose(1, 2))
+    close(
+        pa.rotate(d["rope_in"].transpose(1, 2), pa.line(c["T"], d["rope_in"].shape[-1])),
+        d["rope_out"].transpose(1, 2),
+    )
     for kind in ("spatial", "temporal"):
         block, want = pa.STDiT3Block(c["hidden_size"], c["num_heads"], kind == "temporal"), d[kind]
         block.load_state_dict(want["state_dict"])
         turn = pa.line(c["T"], block.head_dim) if block.temporal else None
         mask, t6 = i["y_mask"].bool(), i["t_mlp"][:, None]
-        framed = torch.where(i["x_mask"][..., None], t6, i["t0_mlp"][:, None])   # (B, T, 6 D): a t of each frame's own
+        framed = torch.where(
+            i["x_mask"][..., None], t6, i["t0_mlp"][:, None]
+        )  # (B, T, 6 D): a t of each frame's own
         with torch.no_grad():
             close(block.attn(want["attn_in"], turn), want["attn_out"])
             close(block.cross_attn(i["x"], i["y_padded"], mask), want["cross_attn_out"])
@@ -539,4 +624,6 @@ def test_proav_paper_sizes():
         model = pa.ProAV(pa.parse(["--preset", "paper"]))
     # Blocks, t, text MLP and so on as in Open-Sora, 4 output channels, and an embedding for each plane. Paper: 702 M.
     assert pa.count(model.dit) == 697_495_696
-    assert pa.count(model.mdsa) == 141_131_768      # two PVDM autoencoders (124.1 M) and the attention that links them
+    assert (
+        pa.count(model.mdsa) == 141_131_768
+    )  # two PVDM autoencoders (124.1 M) and the attention that links them
