@@ -9,6 +9,7 @@ L = F * rate // fps samples of exactly the same time; label, an index into datas
 import argparse
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import typing
+import zipfile
 from collections import Counter
 from math import tau
 from multiprocessing.pool import ThreadPool
@@ -878,8 +880,10 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint {path}.")
     try:
-        # weights_only: whatever is in the file, none of it is run as code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # weights_only: whatever is in the file, none of it is run as code. mmap: processes on one
+        # machine share the memory; files of before 2020 are no zip files and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds, depending on the damage
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict):
@@ -952,7 +956,7 @@ def resume(path, cfg, parts):
         if isinstance(part, torch.nn.Module):
             load_weights(part, state[name], path)
         elif state[name]:  # a GradScaler that was off has none
-            part.load_state_dict(state[name])
+            part.load_state_dict(copy.deepcopy(state[name]))  # not what is mapped to the file
     return state["step"]
 
 
