@@ -1,27 +1,37 @@
-"""Metrics for video with sound: the numbers of the five papers, offline, as functions and as a command.
+"""Metrics for video with sound: the numbers of the papers, offline, as functions and a command.
 
     python metrics.py --real toy --fake out/mm_diffusion/samples_001 --n 2048 --json out.json
-    python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts --audio_features vggish16k:vggish.ts
-    torchrun --nproc_per_node=2 -- metrics.py ...   # the same numbers; tests/ladder.py: do they grow with corruption?
+    python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts \
+        --audio_features vggish16k:vggish.ts
+    torchrun --nproc_per_node=2 -- metrics.py ...   # the same numbers
+    python tests/ladder.py                          # do they grow with corruption?
 
---real and --fake are data sets (real: train split, fake: val split) or folders: of .npz files (sample.py --npz), else
-of videos, whose compression moves FVD and FAD. The floor of a distance is that between the halves of the real clips (of
-half of n, so with more bias, about D / n), that of an alignment is of mismatched pairs, that of an accuracy is chance.
-Features: `builtin` (fixed random convolutions and statistics: fvd_builtin is no published FVD), a TorchScript file, or
-module:function, a callable of video (B, F, H, W, 3) float in [0, 1] or of audio (B, L) float and its rate -> (B, D), or
-(B, T, D), to be stacked. A preset in front prepares the input: i3d:FILE, stylegan-v:FILE, vggish16k:FILE,
-audioclip44k:FILE. Names carry the hash of the file. Nothing is ever downloaded.
+--real and --fake are data sets (real: train split, fake: val split) or folders: of .npz files
+(sample.py --npz), else of videos, whose compression moves FVD and FAD. The floor of a distance is
+that between the halves of the real clips (of half of n, so with more bias, about D / n), that of an
+alignment is of mismatched pairs, that of an accuracy is chance.
 
-          in the papers                                                   here
-FVD       on R(2+1)D (Paredes), I3D logits (MM-Diffusion), StyleGAN-V's   fvd_X of extractor X; --protocol stylegan-v:
-          file and protocol (ProAV-DiT)                                   pick a video, then its clip; plain: any clip
-KVD       unbiased MMD, kernel (a.b / D + 1)^3                            kvd_X (audio: kad_X), not scaled, may be < 0
-FAD, FD   ResNet18 (Paredes), VGGish (UniForm, SyncFlow), PANNs (FD),     fad_X, unscaled; with audioclip44k also
-          AudioCLIP: "x 1e-4" in print, x 1e4 in code (MM-Diffusion)      fad_mmdiff = 1e4 * fad_X
-IS, KL    C3D, PANNs, VGGish classes; splits, direction seldom stated     is_X: 10 splits; kl_X: KL(real || fake)
-AV-Align  IoU (TempoTokens, UniForm), mean in +-3 frames (ProAV-DiT)      av_align_iou; _mean3, too wide, and _mean1
-PSNR-A    peak and domain unstated                                        psnr_a_wav: peak 2; psnr_a_mel: real's range
-CS, MI    cosine of segments, then clips; MI without an estimator         cosine_score; mi_gaussian, _histogram, _ksg
+Features: `builtin` (fixed random convolutions and statistics: fvd_builtin is no published FVD), a
+TorchScript file, or module:function, a callable of video (B, F, H, W, 3) float in [0, 1] or of
+audio (B, L) float and its rate -> (B, D), or (B, T, D), to be stacked. A preset in front prepares
+the input: i3d:FILE, stylegan-v:FILE, vggish16k:FILE, audioclip44k:FILE. Names carry the hash of the
+file. Nothing is ever downloaded.
+
+          in the papers                                 here
+FVD       on R(2+1)D (Paredes), I3D logits              fvd_X of extractor X; --protocol stylegan-v:
+          (MM-Diffusion), StyleGAN-V's file and         pick a video, then its clip; plain: any clip
+          protocol (ProAV-DiT)
+KVD       unbiased MMD, kernel (a.b / D + 1)^3          kvd_X (audio: kad_X), not scaled; may be < 0
+FAD, FD   ResNet18 (Paredes), VGGish (UniForm,          fad_X, unscaled; with audioclip44k also
+          SyncFlow), PANNs (FD), AudioCLIP: "x 1e-4"    fad_mmdiff = 1e4 * fad_X
+          in print, x 1e4 in code (MM-Diffusion)
+IS, KL    C3D, PANNs, VGGish classes; splits and        is_X: 10 splits; kl_X: KL(real || fake)
+          direction seldom stated
+AV-Align  IoU (TempoTokens, UniForm), mean in           av_align_iou; av_align_mean3, too wide a
+          +-3 frames (ProAV-DiT)                        window, and av_align_mean1
+PSNR-A    peak and domain unstated                      psnr_a_wav: peak 2; psnr_a_mel: real's range
+CS, MI    cosine of segments, then clips; MI            cosine_score; mi_gaussian, mi_histogram,
+          without an estimator                          mi_ksg
 """
 import argparse
 import functools
@@ -38,462 +48,989 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+# ---- Distances between sets of features, in float64
+# FVD and FAD are the Frechet distance of features of videos and of sounds, KVD is their MMD.
 
-class UserError(ValueError):
-    """Something the user can mend; the message is one sentence."""
 
-# ---- Distances between sets of features, in float64 --------------------------------------------------------
 def rows(x, least=2):
-    """x (n, D), or (n, T, D) to be stacked -> float64 (rows, D). UserError for fewer than `least`, NaN or infinity."""
+    """Features (n, D), or (n, T, D) to be stacked -> float64 (rows, D).
+
+    ValueError for fewer than `least` rows, and for NaN or infinity."""
     x = torch.as_tensor(x).detach().double()
-    x = x.flatten(0, -2) if x.dim() > 1 else x[:, None]
+    if x.dim() == 1:
+        x = x[:, None]  # (n, 1)
+    x = x.flatten(0, -2)  # (rows, D)
     if len(x) < least:
-        raise UserError(f"This metric (or its floor, of half the clips) needs {least} rows or more, not {len(x)}.")
+        raise ValueError(f"This metric (or its floor, of half the clips) needs {least} rows or "
+                         f"more, not {len(x)}.")
     if not x.isfinite().all():
-        raise UserError("NaN or infinite values in the features or clips: look for broken files or a diverged model.")
+        raise ValueError("NaN or infinite values in the features or clips: look for broken files "
+                         "or a diverged model.")
     return x
 
+
 def moments(x):
-    """Sum of (x, 1) (x, 1)^T over rows x (n, D) -> (D + 1, D + 1); such sums add up over batches and processes."""
-    x = F.pad(rows(x, 0), (0, 1), value=1.0)  # (n, D + 1): the last row of the sum is that of x, and n
+    """Rows (n, D) -> (D + 1, D + 1), the sum of (x, 1) (x, 1)^T: sum x x^T, sum x, and n.
+
+    Such sums add up over batches and processes, so no features need to be kept."""
+    x = F.pad(rows(x, 0), (0, 1), value=1.0)  # (n, D + 1)
     return x.T @ x
 
+
+def mean_and_covariance(sums):
+    """moments() of n rows -> their mean (D,) and covariance (D, D)."""
+    n = sums[-1, -1]
+    if n < 2:
+        raise ValueError(f"This metric needs 2 rows or more, not {int(n)}.")
+    total = sums[-1, :-1]  # sum x
+    covariance = (sums[:-1, :-1] - torch.outer(total, total) / n) / (n - 1)
+    return total / n, covariance
+
+
 def frechet_of_moments(a, b):
-    """|mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0, from the moments() of x and y."""
-    n, m, mx, my = a[-1, -1], b[-1, -1], a[-1, :-1] / a[-1, -1], b[-1, :-1] / b[-1, -1]
-    if min(n, m) < 2:
-        raise UserError(f"This metric needs 2 rows or more, not {int(min(n, m))}.")
-    sx, sy = ((t[:-1, :-1] - torch.outer(t[-1, :-1], t[-1, :-1]) / k) / (k - 1) for t, k in ((a, n), (b, m)))
+    """The Frechet distance of two sets of rows from their moments().
+
+    |mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), at least 0."""
+    mx, sx = mean_and_covariance(a)
+    my, sy = mean_and_covariance(b)
+    # With R = Sx^(1/2), the matrix R Sy R is symmetric and has the eigenvalues of Sx Sy.
     w, u = torch.linalg.eigh(sx)
-    root = (u * w.clamp(min=0).sqrt()) @ u.T  # root Sy root is symmetric, with the eigenvalues of Sx Sy
-    trace = torch.linalg.eigvalsh(root @ sy @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float((mx - my).square().sum() + sx.trace() + sy.trace() - 2 * trace))
+    root = (u * w.clamp(min=0).sqrt()) @ u.T
+    eigenvalues = torch.linalg.eigvalsh(root @ sy @ root)
+    trace = eigenvalues.clamp(min=0).sqrt().sum()
+    distance = (mx - my).square().sum() + sx.trace() + sy.trace() - 2 * trace
+    return max(0.0, float(distance))  # rounding makes that of identical sets -1e-15
+
 
 def frechet(x, y):
-    """The Frechet distance of rows x (n, D) and y (m, D): FVD, FAD, FD. Exact for any rank and n < D."""
-    x, y = rows(x), rows(y)
-    if x.shape[1] != y.shape[1]:
-        raise UserError(f"The two sets have features of different widths, {x.shape[1]} and {y.shape[1]}.")
-    if min(len(x), len(y)) > 2 * x.shape[1]:
+    """The Frechet distance of rows x (n, D) and y (m, D): FVD, FAD, FD.
+
+    |mx - my|^2 + tr Sx + tr Sy - 2 tr (Sx Sy)^(1/2), with the means m and covariances S of x and y:
+    how far apart two Gaussians are that have these. Exact for any rank and for n < D. ValueError
+    for fewer than 2 rows, and for sets of different widths."""
+    x = rows(x)
+    y = rows(y)
+    width = x.shape[1]
+    if width != y.shape[1]:
+        raise ValueError(f"The two sets have features of different widths, {width} and "
+                         f"{y.shape[1]}.")
+    if min(len(x), len(y)) > 2 * width:
         return frechet_of_moments(moments(x), moments(y))
-    mx, my, n, m = x.mean(0), y.mean(0), len(x) - 1, len(y) - 1
-    x, y = x - mx, y - my
-    # tr (Sx Sy)^(1/2) is the nuclear norm of x y^T / sqrt(n m): no D x D root and no eps
+    # With few rows there is a shorter way. Let X and Y be the rows less their means. Then
+    # Sx = X^T X / (n - 1), and tr (Sx Sy)^(1/2) is the sum of the singular values of
+    # X Y^T / sqrt((n - 1) (m - 1)): no D x D root is taken, and no eps is needed.
+    mx = x.mean(0)
+    my = y.mean(0)
+    x = x - mx
+    y = y - my
+    n = len(x) - 1
+    m = len(y) - 1
     trace = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt(n * m)
-    return max(0.0, float((mx - my).square().sum() + x.square().sum() / n + y.square().sum() / m - 2 * trace))
+    trace_x = x.square().sum() / n
+    trace_y = y.square().sum() / m
+    distance = (mx - my).square().sum() + trace_x + trace_y - 2 * trace
+    return max(0.0, float(distance))
+
+
+def kernel(x, y):
+    """(x_i . y_j / D + 1)^3 of rows x (n, D) and y (m, D) -> (n, m)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_within(x):
+    """The mean of the kernel over all pairs of different rows of x (n, D)."""
+    k = kernel(x, x)
+    n = len(k)
+    return (k.sum() - k.trace()) / (n * (n - 1))
+
 
 def mmd(x, y):
-    """KVD: unbiased MMD^2 of rows x (n, D) and y (m, D), kernel (a.b / D + 1)^3; negative e.g. for identical sets."""
-    x, y = rows(x), rows(y)
-    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]  # over pairs of different rows
-    return float(sum(within) - 2 * xy.mean())
+    """KVD: unbiased MMD^2 of rows x (n, D) and y (m, D); negative e.g. for identical sets.
+
+    E k(x, x') + E k(y, y') - 2 E k(x, y), with the kernel k(a, b) = (a.b / D + 1)^3."""
+    x = rows(x)
+    y = rows(y)
+    within = mean_within(x) + mean_within(y)
+    between = kernel(x, y).mean()
+    return float(within - 2 * between)
+
 
 def mmd_blocks(x, y, block=50):
-    """mmd() of disjoint blocks of consecutive rows, as KID does -> (mean, standard deviation, list)."""
-    x, y, size = rows(x), rows(y), min(block, len(x), len(y))
-    values = [mmd(x[i:i + size], y[i:i + size]) for i in range(0, min(len(x), len(y)) - size + 1, size)]
+    """mmd() of disjoint blocks of consecutive rows, as KID does -> (mean, deviation, list)."""
+    x = rows(x)
+    y = rows(y)
+    n = min(len(x), len(y))
+    block = min(block, n)  # what is left over after the last block is not used
+    values = []
+    for i in range(0, n - block + 1, block):
+        values.append(mmd(x[i:i + block], y[i:i + block]))
     return float(np.mean(values)), float(np.std(values)), values
+
+
+# ---- Scores of classes and of embeddings
+
 
 def inception_score(logits, splits=1, eps=0.0):
-    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in `splits` parts -> (mean, deviation, list)."""
-    parts, eps = rows(logits, splits).log_softmax(1).tensor_split(splits), torch.tensor(eps).double().log()
-    gaps = [torch.logaddexp(p, eps) - torch.logaddexp(p.logsumexp(0) - math.log(len(p)), eps) for p in parts]
-    values = [float((p.exp() * gap).sum(1).mean().exp()) for p, gap in zip(parts, gaps, strict=True)]
+    """exp(mean_i KL(p_i || mean p)) of logits (n, K) in `splits` parts -> (mean, deviation, list).
+
+    High when each clip is surely of one class and all classes occur; eps is added in both logs."""
+    log_eps = torch.tensor(eps).double().log()  # -inf for 0, and then logaddexp changes nothing
+    values = []
+    for log_p in rows(logits, splits).log_softmax(1).tensor_split(splits):  # (n / splits, K)
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (K,)
+        gap = torch.logaddexp(log_p, log_eps) - torch.logaddexp(log_mean, log_eps)
+        kl = (log_p.exp() * gap).sum(1).mean()
+        values.append(float(kl.exp()))
     return float(np.mean(values)), float(np.std(values)), values
 
+
 def paired_kl(real, fake, variant="softmax"):
-    """mean_i KL(p_i || q_i) of logits (n, K) of paired clips, p real; softmax_eps and sigmoid_eps add 1e-6 to q."""
-    real, fake = rows(real, 1), rows(fake, 1)
-    if real.shape != fake.shape:
-        raise UserError(f"Paired clips are needed: real logits are {tuple(real.shape)}, fake {tuple(fake.shape)}.")
-    log = F.logsigmoid if variant == "sigmoid_eps" else functools.partial(F.log_softmax, dim=1)
-    gap = log(real) - torch.logaddexp(log(fake), torch.tensor(0.0 if variant == "softmax" else 1e-6).double().log())
-    return float((log(real).exp() * gap).sum(1).mean())
+    """mean_i KL(p_i || q_i) of logits (n, K) of paired clips, p of the real and q of the fake one.
+
+    Variants softmax_eps and sigmoid_eps (many labels at once) add 1e-6 to q, as audio toolboxes do.
+    ValueError when the two differ in shape."""
+    p = rows(real, 1)
+    q = rows(fake, 1)
+    if p.shape != q.shape:
+        raise ValueError(f"Paired clips are needed: real logits are {tuple(p.shape)}, fake "
+                         f"{tuple(q.shape)}.")
+    # Logarithms, never probabilities: those of unlikely classes would underflow.
+    if variant == "sigmoid_eps":
+        log_p = F.logsigmoid(p)
+        log_q = F.logsigmoid(q)
+    else:
+        log_p = F.log_softmax(p, 1)
+        log_q = F.log_softmax(q, 1)
+    if variant != "softmax":  # log(q + 1e-6)
+        log_q = torch.logaddexp(log_q, torch.tensor(1e-6).double().log())
+    return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+
 
 def cosine_score(u, v):
-    """CLAP or ImageBind score of (n, D), or (n, S, D) of segments, averaged first -> (mean, floor: v rolled by one)."""
-    u, v = (rows(z).view(torch.as_tensor(z).shape) for z in (u, v))
-    cosines = [F.cosine_similarity(u, w, -1, 1e-8).reshape(len(u), -1).mean(1) for w in (v, v.roll(1, 0))]
-    return float(cosines[0].mean()), float(cosines[1].mean())
+    """The mean of u_i . v_i / |u_i| |v_i|: CLAP or ImageBind score of embeddings (n, D), or
+    (n, S, D) of segments, averaged within a clip first -> (mean, floor: with v rolled by one clip)."""
+    u = rows(u).view(torch.as_tensor(u).shape)
+    v = rows(v).view(torch.as_tensor(v).shape)
+    means = []
+    for other in (v, v.roll(1, 0)):
+        cosines = F.cosine_similarity(u, other, dim=-1, eps=1e-8).reshape(len(u), -1)  # (n, S)
+        means.append(float(cosines.mean(1).mean()))
+    return means[0], means[1]
 
-# ---- Reconstruction and mutual information -----------------------------------------------------------------
+
+# ---- Reconstruction and mutual information
+
+
 def psnr(x, y, peak=1.0):
-    """10 log10(peak^2 / MSE) of each clip x[i] against y[i] -> (n,) dB. Peak 1 for [0, 1], 2 for [-1, 1], or (n,)."""
-    error = (torch.as_tensor(x).double() - torch.as_tensor(y).double()).flatten(1).square().mean(1)
-    return 10 * torch.log10(torch.as_tensor(peak).double() ** 2 / error)
+    """10 log10(peak^2 / MSE) of each clip x[i] against y[i] -> (n,) dB.
+
+    peak is 1 for values in [0, 1], 2 for [-1, 1], or (n,)."""
+    difference = torch.as_tensor(x).double() - torch.as_tensor(y).double()
+    error = difference.flatten(1).square().mean(1)
+    peak = torch.as_tensor(peak).double()
+    return 10 * torch.log10(peak ** 2 / error)
+
 
 def psnr_audio(fake, real, rate):
-    """{"psnr_a_wav": of waveforms (n, L), peak 2; "psnr_a_mel": of log mels, peak the range of the real ones}."""
-    f, r = (log_mel(torch.as_tensor(z), rate) for z in (fake, real))
-    return {"psnr_a_wav": psnr(fake, real, 2), "psnr_a_mel": psnr(f, r, r.amax((1, 2)) - r.amin((1, 2)))}
+    """Waveforms (n, L) -> {"psnr_a_wav": of the waves, with peak 2; "psnr_a_mel": of their log
+    mels, with the range of the real ones as peak}, (n,) dB each."""
+    mel = log_mel(torch.as_tensor(fake), rate)
+    real_mel = log_mel(torch.as_tensor(real), rate)
+    peak = real_mel.amax((1, 2)) - real_mel.amin((1, 2))
+    return {"psnr_a_wav": psnr(fake, real, 2), "psnr_a_mel": psnr(mel, real_mel, peak)}
+
 
 def si_sdr(estimate, reference):
-    """Scale-invariant signal-to-distortion ratio (n,) in dB of waveforms (n, L), means removed; NaN for silence."""
-    s, r = (rows(z, 1) - rows(z, 1).mean(1, keepdim=True) for z in (estimate, reference))
-    target = (s * r).sum(1, keepdim=True) / r.square().sum(1, keepdim=True) * r
+    """Scale-invariant signal-to-distortion ratio of waveforms (n, L) -> (n,) dB; NaN for silence.
+
+    10 log10(|t|^2 / |s - t|^2): t is the part of the estimate s along the reference."""
+    s = rows(estimate, 1)
+    s = s - s.mean(1, keepdim=True)
+    r = rows(reference, 1)
+    r = r - r.mean(1, keepdim=True)
+    # <s, r> / <r, r>
+    scale = (s * r).sum(1, keepdim=True) / r.square().sum(1, keepdim=True)
+    target = scale * r
     return 10 * torch.log10(target.square().sum(1) / (s - target).square().sum(1))
 
+
+def principal(x, dims):
+    """Rows (n, D) -> (n, dims): less their mean, on their first principal axes."""
+    x = x - x.mean(0)
+    axes = torch.linalg.svd(x, full_matrices=False)[2]  # (min(n, D), D)
+    return x @ axes[:dims].T
+
+
 def mi_gaussian(x, y, dims=16, shrinkage=1e-3):
-    """Nats between rows x (n, D), y (n, E), were they Gaussian: (logdet Cx + logdet Cy - logdet Cxy) / 2 after PCA."""
-    x, y = (z - z.mean(0) for z in (rows(x), rows(y)))
-    x, y = (z @ torch.linalg.svd(z, full_matrices=False)[2][:dims].T for z in (x, y))
-    covs = [z.T @ z / (len(z) - 1) for z in (x, y, torch.cat([x, y], 1))]
-    logdets = [torch.logdet(c + shrinkage * c.trace() / len(c) * torch.eye(len(c))) for c in covs]
+    """Nats between rows x (n, D) and y (n, E), were they Gaussian, after PCA to `dims` columns.
+
+    (logdet Cx + logdet Cy - logdet Cxy) / 2, Cxy the covariance of both side by side."""
+    x = principal(rows(x), dims)
+    y = principal(rows(y), dims)
+    logdets = []
+    for z in (x, y, torch.cat([x, y], 1)):
+        c = z.T @ z / (len(z) - 1)
+        ridge = shrinkage * c.trace() / len(c)  # no determinant is 0
+        logdets.append(torch.logdet(c + ridge * torch.eye(len(c))))
     return float(logdets[0] + logdets[1] - logdets[2]) / 2
 
+
 def mi_histogram(x, y, bins=16):
-    """Nats between two scalars (n,) from a bins x bins histogram; biased by about (bins - 1)^2 / (2 n)."""
-    p = np.histogram2d(rows(x)[:, 0].numpy(), rows(y)[:, 0].numpy(), bins)[0] / len(x)
+    """Nats between two scalars (n,) from a bins x bins histogram.
+
+    sum p log(p / q), with q = p(x) p(y). Biased by about (bins - 1)^2 / (2 n)."""
+    x = rows(x)[:, 0].numpy()
+    y = rows(y)[:, 0].numpy()
+    p = np.histogram2d(x, y, bins)[0] / len(x)
     q = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+    some = p > 0
+    return float((p[some] * np.log(p[some] / q[some])).sum())
+
 
 def mi_ksg(x, y, k=3):
-    """Nats between rows x (n, D), y (n, E) from the distances to k-th neighbors (Kraskov et al. 2004, eq. 8)."""
-    x, y, counts = rows(x, k + 1), rows(y, k + 1), 0
-    for i in range(0, len(x), 256):  # a part of the rows at a time: memory grows with n, not n^2
-        dx, dy = (torch.cdist(z[i:i + 256], z, p=math.inf) for z in (x, y))
-        radius = torch.maximum(dx, dy).topk(k + 1, largest=False)[0][:, -1:]  # the nearest is the row itself
-        counts = counts + sum(torch.digamma((d < radius).sum(1).clamp(min=1).double()).sum() for d in (dx, dy))
-    return float(torch.digamma(torch.tensor([k, len(x)]).double()).sum() - counts / len(x))
+    """Nats between rows x (n, D) and y (n, E) from neighbors (Kraskov et al. 2004, eq. 8).
 
-# ---- The built-in features ---------------------------------------------------------------------------------
+    psi(k) + psi(n) - mean_i (psi(nx_i + 1) + psi(ny_i + 1)), where nx_i and ny_i count the other
+    rows that are nearer to row i in x, or in y, than its k-th neighbor is in both."""
+    x = rows(x, k + 1)
+    y = rows(y, k + 1)
+    n = len(x)
+    total = 0
+    for i in range(0, n, 256):  # a part of the rows at a time: memory grows with n, not n^2
+        dx = torch.cdist(x[i:i + 256], x, p=math.inf)  # (256, n)
+        dy = torch.cdist(y[i:i + 256], y, p=math.inf)
+        nearest = torch.maximum(dx, dy).topk(k + 1, largest=False)[0]  # the first is the row itself
+        radius = nearest[:, -1:]  # (256, 1)
+        # The row itself is counted, too, which is the + 1; at least 1, where the radius is 0.
+        nx = (dx < radius).sum(1).clamp(min=1).double()
+        ny = (dy < radius).sum(1).clamp(min=1).double()
+        total = total + (torch.digamma(nx).sum() + torch.digamma(ny).sum())
+    psi = torch.digamma(torch.tensor([k, n]).double())
+    return float(psi.sum() - total / n)
+
+
+# ---- The built-in features
+# Convolutions with fixed random filters see textures, edges and changes well enough to order sets
+# of clips by how corrupted they are (tests/ladder.py), without a file to download.
+
+
 @functools.cache
 def random_filters(seed, *shapes):
-    """Fixed filters; of layer 1, 24 ignore constant input and 12 of those, in 3-D, whatever stands still."""
+    """Fixed filters, one array of each shape. Of layer 1, 24 ignore constant input and 12 of those,
+    in 3-D, whatever stands still."""
     rng = np.random.RandomState(seed)  # its stream is the same in every version of numpy
-    layers = [rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:])) for shape in shapes]
-    layers[0][:24] -= layers[0][:24].mean(tuple(range(2, layers[0].ndim)), keepdims=True)
-    layers[0][:12] -= layers[0][:12].mean(2, keepdims=True) if layers[0].ndim == 5 else 0
+    layers = []
+    for shape in shapes:
+        fan_in = math.prod(shape[1:])
+        layers.append(rng.standard_normal(shape) / math.sqrt(fan_in))
+    first = layers[0]
+    space = tuple(range(2, first.ndim))  # (kh, kw), or (kt, kh, kw) in 3-D
+    first[:24] -= first[:24].mean(space, keepdims=True)
+    if first.ndim == 5:
+        first[:12] -= first[:12].mean(2, keepdims=True)  # over time
     return [torch.from_numpy(w.astype(np.float32)) for w in layers]
 
+
 def random_features(x, filters, strides, slopes):
-    """Convolve x (B, C, ...) layer by layer -> (list of mean and deviation (B, C') of each layer, last layer)."""
+    """Convolve x (B, C, ...) layer by layer -> (list of the mean and the deviation (B, C') of each
+    layer, the last layer). slopes: what leaky ReLU does to negative values."""
     stats = []
     for w, stride, slope in zip(filters, strides, slopes, strict=True):
         convolve = F.conv3d if w.dim() == 5 else F.conv2d
-        x = 1.4 * F.leaky_relu(convolve(x, w.to(x), stride=stride, padding=[k // 2 for k in w.shape[2:]]), slope)
-        stats += [x.flatten(2).mean(2), x.flatten(2).std(2)]
+        padding = [k // 2 for k in w.shape[2:]]
+        x = convolve(x, w.to(x), stride=stride, padding=padding)
+        x = 1.4 * F.leaky_relu(x, slope)  # ReLU halves the power, 1.4^2 restores it
+        flat = x.flatten(2)  # (B, C', all positions)
+        stats += [flat.mean(2), flat.std(2)]
     return stats, x
 
-def video_features(video):
-    """Video (B, F >= 5, H, W, 3) in [0, 1] -> (B, 844): 832 statistics of fixed convolutions, 12 of motion times 30."""
-    B, T = video.shape[:2]
-    if T < 5:
-        raise UserError(f"The built-in video features need clips of at least 5 frames, and these have {T}.")
-    x = video.permute(0, 1, 4, 2, 3).flatten(0, 1) * 2 - 1  # (B T, 3, H, W)
-    x = F.interpolate(x, size=(64, 64), mode="bilinear")  # trilinear, as T stays
-    small = F.avg_pool2d(x, 4).reshape(B, T, -1)  # (B, T, 768)
-    x = x.reshape(B, T, 3, 64, 64).transpose(1, 2).contiguous()  # (B, 3, T, 64, 64)
-    filters = random_filters(0, (32, 3, 3, 5, 5), (64, 32, 3, 3, 3), (64, 64, 3, 3, 3))
-    stats, x = random_features(x, filters, ((1, 2, 2), 2, 2), (0, 0.2, 0.2))
+
+def motion_features(small):
+    """Small frames (B, F, pixels) -> (B, 12): how much they change, and how unevenly."""
     motion = []
     for lag in (1, 2, 4):
-        change = (small[:, lag:] - small[:, :-lag]).abs().mean(2)  # (B, T - lag)
+        change = (small[:, lag:] - small[:, :-lag]).abs().mean(2)  # (B, F - lag)
         motion += [change.mean(1), change.std(1, correction=0), change.amax(1)]
-    second, third = (small.diff(n, dim=1).abs().mean(2) for n in (2, 3))
+    second = small.diff(n=2, dim=1).abs().mean(2)  # (B, F - 2): accelerations
+    third = small.diff(n=3, dim=1).abs().mean(2)  # (B, F - 3)
     motion += [second.mean(1), second.std(1, correction=0), third.mean(1)]
-    return torch.cat([*stats, F.adaptive_avg_pool3d(x, 2).flatten(1), 30 * torch.stack(motion, 1)], 1)
+    return torch.stack(motion, 1)
+
+
+def video_features(video):
+    """Video (B, F >= 5, H, W, 3) in [0, 1] -> (B, 844): 832 statistics of fixed convolutions, and
+    12 of motion, times 30. ValueError for fewer than 5 frames."""
+    batch, frames = video.shape[:2]
+    if frames < 5:
+        raise ValueError("The built-in video features need clips of at least 5 frames, and these "
+                         f"have {frames}.")
+    x = video.permute(0, 1, 4, 2, 3).flatten(0, 1) * 2 - 1  # (B F, 3, H, W)
+    x = F.interpolate(x, size=(64, 64), mode="bilinear")
+    small = F.avg_pool2d(x, 4).reshape(batch, frames, -1)  # (B, F, 3 * 16 * 16)
+    x = x.reshape(batch, frames, 3, 64, 64).transpose(1, 2).contiguous()  # (B, 3, F, 64, 64)
+    filters = random_filters(0, (32, 3, 3, 5, 5), (64, 32, 3, 3, 3), (64, 64, 3, 3, 3))
+    stats, x = random_features(x, filters, ((1, 2, 2), 2, 2), (0, 0.2, 0.2))
+    layout = F.adaptive_avg_pool3d(x, 2).flatten(1)  # (B, 64 * 2 * 2 * 2)
+    return torch.cat([*stats, layout, 30 * motion_features(small)], 1)
+
 
 def resample(audio, old, new):
     """Audio (B, L) at `old` Hz -> (B, round(L new / old)), through its spectrum."""
-    n, m = audio.shape[-1], round(audio.shape[-1] * new / old)
-    return audio if old == new else torch.fft.irfft(torch.fft.rfft(audio)[..., :m // 2 + 1], m) * (m / n)
+    if old == new:
+        return audio
+    n = audio.shape[-1]
+    m = round(n * new / old)
+    spectrum = torch.fft.rfft(audio)[..., :m // 2 + 1]  # irfft pads it with zeros where it is short
+    return torch.fft.irfft(spectrum, m) * (m / n)
+
 
 def triangles(f, points):
-    """Filters (n, len(f)) that rise from points[i], reach 1 at points[i + 1], and are 0 again at points[i + 2]."""
-    left, mid, right = points[:-2, None], points[1:-1, None], points[2:, None]
-    return np.maximum(0, np.minimum((f - left) / (mid - left), (right - f) / (right - mid)))
+    """Filters (n, len(f)) that rise from points[i], reach 1 at points[i + 1], and are 0 again at
+    points[i + 2]."""
+    left = points[:-2, None]
+    middle = points[1:-1, None]
+    right = points[2:, None]
+    rise = (f - left) / (middle - left)
+    fall = (right - f) / (right - middle)
+    return np.maximum(0, np.minimum(rise, fall))
+
 
 @functools.cache
 def mel_filters(rate, n_fft, n_mels):
-    """Slaney's triangles (n_mels, n_fft / 2 + 1) of equal area, up to rate / 2 > 1 kHz: linear to 1 kHz, then log."""
-    mel = np.linspace(0, 15 + 27 * math.log(rate / 2000, 6.4), n_mels + 2)
-    points = np.where(mel < 15, mel / 0.015, 1000 * 6.4 ** ((mel - 15) / 27))
-    filters = triangles(np.arange(n_fft // 2 + 1) * rate / n_fft, points)
-    return torch.from_numpy(filters * 2 / (points[2:] - points[:-2])[:, None])
+    """Slaney's triangles (n_mels, n_fft / 2 + 1) of equal area, up to rate / 2 > 1 kHz."""
+    # The mel scale is linear up to 1 kHz, which is mel 15, then logarithmic: mel 42 is 6.4 kHz.
+    top = 15 + 27 * math.log(rate / 2000, 6.4)
+    mel = np.linspace(0, top, n_mels + 2)
+    points = np.where(mel < 15, mel / 0.015, 1000 * 6.4 ** ((mel - 15) / 27))  # Hz
+    f = np.arange(n_fft // 2 + 1) * rate / n_fft
+    area = (points[2:] - points[:-2])[:, None] / 2
+    return torch.from_numpy(triangles(f, points) / area)
+
 
 def mel_power(audio, rate, n_fft, hop, n_mels):
-    """Audio (B, L >= 50 ms) -> (B, n_mels, 1 + L // hop): Slaney mels of the power in Hann windows around i hop."""
+    """Audio (B, L >= 50 ms) -> (B, n_mels, 1 + L // hop): Slaney mels of the power in Hann windows
+    around sample i hop. ValueError for shorter sounds."""
     if audio.shape[-1] < rate / 20:
-        raise UserError(f"Sound of {audio.shape[-1]} samples is too short: at least 50 ms are needed.")
+        raise ValueError(f"Sound of {audio.shape[-1]} samples is too short: at least 50 ms are "
+                         "needed.")
     window = torch.hann_window(n_fft).to(audio)
-    spectrum = torch.stft(audio, n_fft, hop, window=window, pad_mode="constant", return_complex=True)
+    spectrum = torch.stft(audio, n_fft, hop, window=window, pad_mode="constant",
+                          return_complex=True)  # (B, n_fft / 2 + 1, 1 + L // hop)
     return mel_filters(rate, n_fft, n_mels).to(audio) @ spectrum.abs().square()
+
 
 def log_mel(audio, rate):
     """Audio (B, L) -> (B, 64, 1 + L' // 256): log mels, floor 1e-5, of its L' samples at 16 kHz."""
-    return (mel_power(resample(audio.double(), rate, 16000), 16000, 1024, 256, 64) + 1e-5).log().float()
+    audio = resample(audio.double(), rate, 16000)
+    power = mel_power(audio, 16000, n_fft=1024, hop=256, n_mels=64)
+    return (power + 1e-5).log().float()
+
 
 def audio_features(audio, rate):
-    """Audio (B, L) in [-1, 1] -> (B, 448): mean and deviation of 64 log mels and of fixed convolutions of them."""
-    m, filters = log_mel(audio, rate), random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
-    stats, _ = random_features((m[:, None] + 6) / 4, filters, (1, 2, 2), (0, 0, 0))
-    return torch.cat([m.mean(2) / 4, m.std(2) / 4, *stats], 1)
+    """Audio (B, L) in [-1, 1] -> (B, 448): mean and deviation of 64 log mels and of fixed
+    convolutions of them."""
+    mel = log_mel(audio, rate)  # (B, 64, T)
+    filters = random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
+    image = (mel[:, None] + 6) / 4  # (B, 1, 64, T), of about mean 0 and deviation 1
+    stats, _ = random_features(image, filters, (1, 2, 2), (0, 0, 0))
+    return torch.cat([mel.mean(2) / 4, mel.std(2) / 4, *stats], 1)
+
+
+def standardize(x):
+    """(n, F) -> each row less its mean, divided by its deviation."""
+    return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+
 
 def joint_features(motion, rise):
-    """Envelopes (n, F) of seen motion and heard rises -> (n, 9): their correlation at lags of -4 ... 4 frames."""
-    x, y = ((e - e.mean(1, keepdim=True)) / (e.std(1, keepdim=True) + 1e-6) for e in (motion, rise))
-    lags = [(x[:, max(l, 0):x.shape[1] + min(l, 0)], y[:, max(-l, 0):x.shape[1] - max(l, 0)]) for l in range(-4, 5)]
-    return torch.stack([(a * b).mean(1) for a, b in lags], 1)
+    """Envelopes (n, F) of seen motion and heard rises -> (n, 9): their correlation at lags of
+    -4 ... 4 frames, mean_t motion(t + lag) rise(t). It tells whether sound and picture match."""
+    x = standardize(motion)
+    y = standardize(rise)
+    frames = x.shape[1]
+    correlations = []
+    for lag in range(-4, 5):
+        if lag >= 0:
+            product = x[:, lag:] * y[:, :frames - lag]
+        else:
+            product = x[:, :frames + lag] * y[:, -lag:]
+        correlations.append(product.mean(1))
+    return torch.stack(correlations, 1)
 
-# ---- Alignment: onsets, optical flow, AV-Align, events -----------------------------------------------------
+
+# ---- Onsets: when something is heard
+
+
 def onset_envelope(audio, rate, hop=512, n_fft=2048):
     """Audio (B, L) -> onset strength (B, 1 + L // hop): the mean rise in dB over 128 mels."""
-    db = 10 * mel_power(audio.double(), rate, n_fft, hop, 128).clamp(min=1e-10).log10()
-    rise = db.maximum(db.amax((1, 2), keepdim=True) - 80).diff(dim=2).clamp(min=0).mean(1)
-    return F.pad(rise, (1 + n_fft // (2 * hop), 0))[:, :db.shape[2]]  # a sound enters a window before its center
+    power = mel_power(audio.double(), rate, n_fft, hop, n_mels=128)  # (B, 128, T)
+    db = 10 * power.clamp(min=1e-10).log10()
+    floor = db.amax((1, 2), keepdim=True) - 80
+    rise = db.maximum(floor).diff(dim=2).clamp(min=0).mean(1)  # (B, T - 1)
+    late = n_fft // (2 * hop)  # a sound enters a window before its center
+    return F.pad(rise, (1 + late, 0))[:, :db.shape[2]]
+
 
 def onset_frames(envelope, rate, hop=512):
-    """Onset strength (T,), scaled to 0 ... 1 -> list of frames: greatest in 30 ms, 0.07 above the mean of 200 ms."""
-    x, frames, n = np.asarray(envelope, np.float64), [], 0
+    """Onset strength (T,), scaled to 0 ... 1 -> list of frames: those that are the greatest of the
+    last 30 ms and 0.07 above the mean of 100 ms on both sides, 30 ms apart."""
+    x = np.asarray(envelope, np.float64)
     x = (x - x.min()) / (np.ptp(x) + np.finfo(np.float32).tiny)
-    before, wide, wait = (math.ceil(s * rate // hop) for s in (0.03, 0.1, 0.03))
-    while n < len(x) and x.any():
-        mean, most = x[max(0, n - wide):n + wide + 1].mean(), x[max(0, n - before):n + 1].max()
-        if x[n] == most and x[n] >= mean + 0.07:
+    if not x.any():
+        return []
+    wait = math.ceil(0.03 * rate // hop)
+    wide = math.ceil(0.1 * rate // hop)
+    frames = []
+    n = 0
+    while n < len(x):
+        greatest = x[max(0, n - wait):n + 1].max()
+        mean = x[max(0, n - wide):n + wide + 1].mean()
+        if x[n] == greatest and x[n] >= mean + 0.07:
             frames.append(n)
             n += wait
         n += 1
     return frames
 
+
 def onset_times(audio, rate):
-    """Audio (L,) -> list of its onsets, s, found at 22,050 Hz, as at 16 kHz most would be found twice."""
-    strength = onset_envelope(resample(audio[None].double(), rate, 22050), 22050)[0]
+    """Audio (L,) -> list of its onsets (s), found at 22,050 Hz, as at 16 kHz most would be found
+    twice."""
+    audio = resample(audio[None].double(), rate, 22050)
+    strength = onset_envelope(audio, 22050)[0]
     return [n * 512 / 22050 for n in onset_frames(strength, 22050)]
+
+
+# ---- Optical flow (Farneback 2003): how fast the picture moves
+
 
 @functools.cache
 def filter_matrix(taps, n, border, scale=1.0):
-    """The (n, round(n scale)) matrix that filters an axis of n pixels from the right, x @ M, and resizes it."""
-    padded = np.pad(np.eye(n), ((len(taps) // 2,) * 2, (0, 0)), border)
-    m = torch.from_numpy(sum(w * padded[k:k + n] for k, w in enumerate(taps))).float().T
-    return m if scale == 1 else F.interpolate(m[None], size=round(n * scale), mode="linear")[0]
+    """The (n, round(n scale)) matrix that filters an axis of n pixels from the right, x @ M, and
+    resizes it. border: a mode of np.pad."""
+    reach = len(taps) // 2
+    padded = np.pad(np.eye(n), ((reach, reach), (0, 0)), border)  # row i: the pixel that is there
+    matrix = sum(tap * padded[k:k + n] for k, tap in enumerate(taps))
+    matrix = torch.from_numpy(matrix).float().T
+    if scale == 1:
+        return matrix
+    return F.interpolate(matrix[None], size=round(n * scale), mode="linear")[0]
+
 
 def gaussian(sigma, radius):
-    return torch.softmax(-torch.arange(-radius, radius + 1).double() ** 2 / (2 * sigma ** 2), 0).numpy()
+    """The 2 radius + 1 weights of a Gaussian, of sum 1, as an array."""
+    x = torch.arange(-radius, radius + 1).double()
+    return torch.softmax(-x ** 2 / (2 * sigma ** 2), 0).numpy()
+
+
+POWERS = ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1))  # of x and y: 1, x, y, x^2, y^2, x y
+
 
 def quadratic_fit(gray):
-    """Fit c + b . p + p A p^T around each pixel p of (..., H, W) -> (5, ..., H, W): b_x, b_y, A_xx, A_yy, A_xy."""
-    u, w, powers = np.arange(-5, 6), gaussian(1.2, 5), ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1))
-    basis = np.stack([np.outer(u ** j, u ** i).ravel() for i, j in powers])  # (6, 121)
-    solve = np.linalg.inv(basis * np.outer(w, w).ravel() @ basis.T)[1:] * [[1], [1], [1], [1], [0.5]]
-    across, down = ([filter_matrix(tuple(w * u ** i), n, "edge") for i in range(3)] for n in reversed(gray.shape[-2:]))
-    sums = torch.stack([down[j].T @ (gray @ across[i]) for i, j in powers])
+    """Fit f(p) = c + b . p + p A p^T around each pixel of (..., H, W), by least squares with
+    Gaussian weights in windows of 11 x 11 -> (5, ..., H, W): b_x, b_y, A_xx, A_yy, A_xy."""
+    u = np.arange(-5, 6)
+    weight = gaussian(1.2, 5)
+    # The weighted sums of f x^i y^j over each window, one axis after the other,
+    H, W = gray.shape[-2:]
+    across = [filter_matrix(tuple(weight * u ** i), W, "edge") for i in range(3)]
+    down = [filter_matrix(tuple(weight * u ** j), H, "edge") for j in range(3)]
+    sums = torch.stack([down[j].T @ (gray @ across[i]) for i, j in POWERS])  # (6, ..., H, W)
+    # equal G (c, b_x, b_y, A_xx, A_yy, 2 A_xy), where G has the weighted sums of x^i y^j x^k y^l.
+    basis = np.stack([np.outer(u ** j, u ** i).ravel() for i, j in POWERS])  # (6, 121)
+    gram = basis * np.outer(weight, weight).ravel() @ basis.T
+    solve = np.linalg.inv(gram)[1:]  # c is not needed
+    solve[-1] *= 0.5
     return torch.tensordot(torch.from_numpy(solve).float(), sums, 1)
 
-def refine_flow(first, second, flow):
-    """One round: fits (5, P, h, w) of both frames of P pairs and the flow (P, 2, h, w) so far -> a better flow."""
-    h, w = flow.shape[-2:]
-    x, y = torch.arange(w) + flow[:, 0], torch.arange(h)[:, None] + flow[:, 1]  # (P, h, w): where each pixel goes
-    grid = torch.stack([x * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1], -1)
-    there = F.grid_sample(second.transpose(0, 1), grid, align_corners=True).transpose(0, 1)
-    inside = (x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)
-    # A d = (b1 - b2) / 2 + A flow with the mean A of both frames, less trusted in the outermost five pixels, solved by
-    # least squares in windows of 15 x 15: d = mean(A^T A)^-1 mean(A^T b)
+
+def border_trust(n):
+    """(n,) weights of pixels along an axis: less in the outermost five."""
     trust = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472, 1.0])
-    trust_x, trust_y = (trust[torch.arange(n).minimum(torch.arange(n).flip(0)).clamp(max=5)] for n in (w, h))
-    b, A = torch.where(inside, first[:2] - there[:2], 0), torch.where(inside, first[2:] + there[2:], 2 * first[2:])
-    bx, by, xx, yy, xy = torch.cat([b, A]) / 2 * trust_x * trust_y[:, None]
-    bx, by = bx + xx * flow[:, 0] + xy * flow[:, 1], by + xy * flow[:, 0] + yy * flow[:, 1]
-    g = torch.stack([xx * xx + xy * xy, yy * yy + xy * xy, (xx + yy) * xy, xx * bx + xy * by, xy * bx + yy * by])
-    down, across = (filter_matrix((1 / 15,) * 15, n, "edge") for n in (h, w))
-    gxx, gyy, gxy, hx, hy = down.T @ (g @ across)
-    return torch.stack([gyy * hx - gxy * hy, gxx * hy - gxy * hx], 1) / (gxx * gyy - gxy * gxy + 1e-3)[:, None]
+    from_left = torch.arange(n)
+    from_border = from_left.minimum(from_left.flip(0))
+    return trust[from_border.clamp(max=5)]
+
+
+def refine_flow(first, second, flow):
+    """One round: fits (5, P, h, w) of the first and second frame of P pairs, and the flow
+    (P, 2, h, w) so far -> a better flow.
+
+    Where a picture moves by d, its fits have A2 = A1 and b2 = b1 - 2 A1 d: A d = (b1 - b2) / 2.
+    With the second fit read at p + flow, A d = (b1 - b2) / 2 + A flow, with the mean A of both."""
+    h, w = flow.shape[-2:]
+    x = torch.arange(w) + flow[:, 0]  # (P, h, w): where each pixel goes
+    y = torch.arange(h)[:, None] + flow[:, 1]
+    grid = torch.stack([x * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1], -1)  # in [-1, 1]
+    there = F.grid_sample(second.transpose(0, 1), grid, align_corners=True).transpose(0, 1)
+    # What moves out of the picture keeps its flow: b = 0, and A is the first frame's.
+    inside = (x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)
+    b = torch.where(inside, first[:2] - there[:2], 0)
+    A = torch.where(inside, first[2:] + there[2:], 2 * first[2:])
+    trusted = torch.cat([b, A]) / 2 * border_trust(w) * border_trust(h)[:, None]
+    bx, by, xx, yy, xy = trusted  # (P, h, w) each
+    bx = bx + xx * flow[:, 0] + xy * flow[:, 1]
+    by = by + xy * flow[:, 0] + yy * flow[:, 1]
+    # Least squares over windows of 15 x 15: d = G^-1 h, of the means G = <A^T A> and h = <A^T b>.
+    products = torch.stack([
+        xx * xx + xy * xy,
+        yy * yy + xy * xy,
+        (xx + yy) * xy,
+        xx * bx + xy * by,
+        xy * bx + yy * by,
+    ])  # (5, P, h, w)
+    box = (1 / 15,) * 15
+    down = filter_matrix(box, h, "edge")
+    across = filter_matrix(box, w, "edge")
+    gxx, gyy, gxy, hx, hy = down.T @ (products @ across)
+    determinant = gxx * gyy - gxy * gxy + 1e-3
+    dx = gyy * hx - gxy * hy
+    dy = gxx * hy - gxy * hx
+    return torch.stack([dx, dy], 1) / determinant[:, None]  # (P, 2, h, w)
+
+
+def shrink(gray, k):
+    """Gray frames (..., H, W) -> blurred, and halved k times."""
+    sigma = (2 ** k - 1) / 2 or 0.8
+    taps = max(round(2.5 * (2 ** k - 1)) | 1, 3)  # an odd number
+    weights = tuple(gaussian(sigma, taps // 2))
+    H, W = gray.shape[-2:]
+    down = filter_matrix(weights, H, "reflect", 0.5 ** k)
+    across = filter_matrix(weights, W, "reflect", 0.5 ** k)
+    return down.T @ (gray @ across)
+
 
 def optical_flow(gray):
-    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), pixels right and down."""
-    (B, T, H, W), flow = gray.shape, gray.new_zeros(len(gray) * (gray.shape[1] - 1), 2, 1, 1)
-    for k in reversed([k for k in range(4) if k == 0 or min(H, W) >= 32 * 2 ** k]):  # halved k times
-        taps = tuple(gaussian((2 ** k - 1) / 2 or 0.8, max(round(2.5 * (2 ** k - 1)) | 1, 3) // 2))
-        down, across = (filter_matrix(taps, n, "reflect", 0.5 ** k) for n in (H, W))
-        fit = quadratic_fit(down.T @ (gray @ across))  # (5, B, F, h, w)
-        first, second = fit[:, :, :-1].flatten(1, 2), fit[:, :, 1:].flatten(1, 2)  # (5, P, h, w), P = B (F - 1)
+    """Farneback's flow of gray frames (B, F, H, W), 0 ... 255 -> (B, F - 1, 2, H, W), in pixels to
+    the right and down: from coarse to fine, as a fit sees only motions within its window."""
+    B, frames, H, W = gray.shape
+    flow = gray.new_zeros(B * (frames - 1), 2, 1, 1)
+    for k in (3, 2, 1, 0):  # the frames are halved k times
+        if k > 0 and min(H, W) < 32 * 2 ** k:
+            continue
+        fit = quadratic_fit(shrink(gray, k))  # (5, B, F, h, w)
+        first = fit[:, :, :-1].flatten(1, 2)  # (5, P, h, w), P = B (F - 1) pairs of frames
+        second = fit[:, :, 1:].flatten(1, 2)
         flow = 2 * F.interpolate(flow, size=first.shape[-2:], mode="bilinear")
         for _ in range(3):
             flow = refine_flow(first, second, flow)
-    return flow.view(B, T - 1, 2, H, W)
+    return flow.view(B, frames - 1, 2, H, W)
+
+
+# ---- Alignment: AV-Align and events
+# AV-Align asks whether peaks of sound and of motion come together. They are times (s): of audio its
+# onset_times(), of video the peak_times() of the mean length of its optical_flow().
+
 
 def peak_times(x, fps, threshold=0.1):
-    """The times (s) of the strict local maxima of a trajectory x (F,) that reach `threshold`; never its ends."""
-    return [i / fps for i in range(1, len(x) - 1) if x[i - 1] < x[i] > x[i + 1] and x[i] >= threshold]
+    """The times (s) of the strict local maxima of a trajectory x (F,) that reach `threshold`; never
+    its ends."""
+    times = []
+    for i in range(1, len(x) - 1):
+        if x[i - 1] < x[i] > x[i + 1] and x[i] >= threshold:
+            times.append(i / fps)
+    return times
+
 
 def av_align_iou(audio_peaks, video_peaks, fps):
-    """AV-Align: each audio peak takes the first free video peak within a frame -> IoU; NaN (leave out) for no peaks."""
+    """AV-Align (TempoTokens, UniForm): pairs / (audio peaks + video peaks - pairs), where each
+    audio peak takes the first free video peak within a frame. NaN (leave out) without any peak."""
     free = list(video_peaks)
     for a in audio_peaks:
-        for v in [v for v in free if v - 1 / fps < a < v + 1 / fps][:1]:
-            free.remove(v)
+        for v in free:
+            if v - 1 / fps < a < v + 1 / fps:
+                free.remove(v)
+                break
+    pairs = len(video_peaks) - len(free)
     union = len(audio_peaks) + len(free)
-    return (len(video_peaks) - len(free)) / union if union else math.nan
+    return pairs / union if union else math.nan
+
 
 def av_align_mean(audio_peaks, video_peaks, fps, window=3):
-    """AV-Align, mean of the shares of audio and of video peaks with one of the other in `window` frames; 0 if none."""
-    near = np.abs(np.subtract.outer(audio_peaks, video_peaks)) <= window / fps + 1e-9
-    return float(near.any(0).mean() + near.any(1).mean()) / 2 if near.size else 0.0
+    """AV-Align (ProAV-DiT): the mean of the share of audio peaks that have a video peak within
+    `window` frames, and of that of video peaks that have an audio peak; 0 without peaks."""
+    apart = np.abs(np.subtract.outer(audio_peaks, video_peaks))  # (audio peaks, video peaks)
+    if not apart.size:
+        return 0.0
+    near = apart <= window / fps + 1e-9
+    return float(near.any(0).mean() + near.any(1).mean()) / 2
+
 
 def flash_times(gray, fps):
-    """Gray frames (F, H, W), 0 ... 255 -> the middles (s) of those where most of the picture flashes: toy impacts."""
+    """Gray frames (F, H, W), 0 ... 255 -> the middles (s) of those where most of the picture
+    flashes: toy impacts."""
     x = gray.flatten(1).median(1)[0]  # (F,): the background, more than half of the pixels
-    return [t - 0.5 / fps for t in peak_times([0, *(x - x.median()).tolist(), 0], fps, 30)]
+    x = (x - x.median()).tolist()  # 0 in most frames
+    times = peak_times([0, *x, 0], fps, threshold=30)  # late by a frame, for the 0 in front
+    return [t - 0.5 / fps for t in times]
+
 
 def sync_error(events, onsets, start=0.1):
-    """Mean distance (ms) of each event to the nearest onset and back, of times (s); NaN (leave out) without a pair."""
-    e, o = ([t for t in times if t >= start] for times in (events, onsets))  # a sound begins with an onset: no event
-    apart = np.abs(np.subtract.outer(e, o))
-    return 1000 * float(np.mean([*apart.min(0), *apart.min(1)])) if apart.size else math.nan
+    """Mean distance (ms) of each event to the nearest onset and back, of times (s); NaN (leave out)
+    without a pair. Times before `start` do not count: a sound begins with an onset, no event."""
+    events = [t for t in events if t >= start]
+    onsets = [t for t in onsets if t >= start]
+    apart = np.abs(np.subtract.outer(events, onsets))  # (events, onsets)
+    if not apart.size:
+        return math.nan
+    return 1000 * float(np.mean([*apart.min(0), *apart.min(1)]))
 
-# ---- Extractors, and classes without a network -------------------------------------------------------------
-def i3d(model, video):  # the shorter side 224, its center, [-1, 1]; logits are averaged over time
+
+# ---- Extractors, and classes without a network
+
+
+def i3d(model, video):
+    """Video (B, F, H, W, 3) in [0, 1], as MM-Diffusion shows it to I3D: the shorter side 224, then
+    the center, in [-1, 1]; logits are averaged over time -> (B, D)."""
     x = video.permute(0, 1, 4, 2, 3).flatten(0, 1)  # (B F, 3, H, W)
-    H, W = (round(n * 224 / min(x.shape[2:])) for n in x.shape[2:])
-    x = F.interpolate(x, size=(H, W), mode="bilinear")[..., (H - 224) // 2:, (W - 224) // 2:][..., :224, :224]
-    out = model(x.unflatten(0, video.shape[:2]).transpose(1, 2) * 2 - 1)  # of (B, 3, F, 224, 224)
+    shorter = min(x.shape[2:])
+    size = [round(n * 224 / shorter) for n in x.shape[2:]]
+    x = F.interpolate(x, size=size, mode="bilinear")
+    top, left = [(n - 224) // 2 for n in size]
+    x = x[..., top:top + 224, left:left + 224]
+    x = x.unflatten(0, video.shape[:2]).transpose(1, 2)  # (B, 3, F, 224, 224)
+    out = model(x * 2 - 1)
     return out.flatten(2).mean(2) if out.dim() > 2 else out
 
-def stylegan_v(model, video):  # (B, 3, F, H, W) in [0, 255], which the file resizes
-    return model(video.permute(0, 4, 1, 2, 3) * 255, rescale=True, resize=True, return_features=True)
 
-def vggish16k(model, audio, rate):  # log mels (HTK) of patches of 0.96 s, (B P, 1, 96, 64) -> (B, P, D)
+def stylegan_v(model, video):
+    """Video (B, F, H, W, 3) in [0, 1] -> features of StyleGAN-V's I3D file, which resizes."""
+    x = video.permute(0, 4, 1, 2, 3) * 255  # (B, 3, F, H, W)
+    return model(x, rescale=True, resize=True, return_features=True)
+
+
+def vggish16k(model, audio, rate):
+    """Audio (B, L) -> (B, P, D): VGGish sees log mels (HTK's) of P patches of 0.96 s."""
     x = resample(audio, rate, 16000)
-    x = F.pad(x, (56, 56 + max(0, 15600 - x.shape[1])))  # windows of 400, padded to 512; at least one patch
-    x = torch.stft(x, 512, 160, 400, torch.hann_window(400).to(x), center=False, return_complex=True).abs()
-    f, points = (1127 * np.log1p(z / 700) for z in (np.arange(257) * 31.25, np.array([125, 7500])))
-    m = (torch.from_numpy(triangles(f, np.linspace(*points, 66))).to(x) @ x + 0.01).log().transpose(1, 2)  # (B, T, 64)
-    m = m[:, :m.shape[1] // 96 * 96].unflatten(1, (-1, 1, 96))  # (B, P, 1, 96, 64)
-    return model(m.flatten(0, 1)).unflatten(0, m.shape[:2])
+    missing = max(0, 15600 - x.shape[1])  # at least one patch
+    x = F.pad(x, (56, 56 + missing))  # windows of 400 samples, padded to 512
+    window = torch.hann_window(400).to(x)
+    spectrum = torch.stft(x, 512, 160, 400, window, center=False, return_complex=True).abs()
+    f = 1127 * np.log1p(np.arange(257) * 31.25 / 700)  # the bins' frequencies, in mel
+    low, high = 1127 * np.log1p(np.array([125, 7500]) / 700)
+    filters = torch.from_numpy(triangles(f, np.linspace(low, high, 66))).to(x)  # (64, 257)
+    mel = (filters @ spectrum + 0.01).log().transpose(1, 2)  # (B, T, 64)
+    patches = mel.shape[1] // 96
+    mel = mel[:, :patches * 96].reshape(-1, 1, 96, 64)  # (B P, 1, 96, 64)
+    return model(mel).unflatten(0, (len(audio), patches))
 
-def audioclip44k(model, audio, rate):  # 1.6 s, (B, 70560) -> embeddings of length 1
-    x = resample(audio, rate, 44100)[:, :70560]
-    return F.normalize(model(F.pad(x, (0, 70560 - x.shape[1]))), dim=-1)
+
+def audioclip44k(model, audio, rate):
+    """Audio (B, L) -> AudioCLIP's embeddings (B, D) of 1.6 s, scaled to length 1."""
+    x = resample(audio, rate, 44100)[:, :70560]  # 1.6 s at 44.1 kHz
+    x = F.pad(x, (0, 70560 - x.shape[1]))
+    return F.normalize(model(x), dim=-1)
+
+
+BUILTIN = {"video": video_features, "audio": audio_features}
+PREPARE = {"video": {"i3d": i3d, "stylegan-v": stylegan_v},
+           "audio": {"vggish16k": vggish16k, "audioclip44k": audioclip44k}}
+
 
 def extractor(form, kind, device="cpu"):
-    """None, "builtin", "FILE.ts", "module:function" (or these after "preset:"), or a callable -> (callable, name)."""
-    if form in (None, "builtin"):
-        return (video_features if kind == "video" else audio_features), "builtin"
+    """None, "builtin", "FILE.ts", "module:function" (or these after "preset:"), or a callable
+    -> (callable, name). kind is video or audio. ValueError for anything else."""
+    if form is None or form == "builtin":
+        return BUILTIN[kind], "builtin"
     if callable(form):
         return form, getattr(form, "__name__", "callable")
-    presets = ({"i3d": i3d, "stylegan-v": stylegan_v} if kind == "video" else
-               {"vggish16k": vggish16k, "audioclip44k": audioclip44k})
-    preset, rest = form.split(":", 1) if form.split(":")[0] in presets else ("", form)
+    preset, _, rest = form.partition(":")
+    prepare = PREPARE[kind].get(preset)
+    if prepare is None:
+        rest = form
     module, _, name = rest.partition(":")
     try:
         if os.path.isfile(rest):
-            path, model = rest, torch.jit.load(rest, device).eval()
+            path = rest
+            name = Path(path).stem
+            model = torch.jit.load(path, device).eval()
         else:
-            path, model = importlib.import_module(module).__file__, getattr(sys.modules[module], name)
+            path = importlib.import_module(module).__file__
+            model = getattr(sys.modules[module], name)
     except (ImportError, AttributeError, ValueError, RuntimeError):
-        raise UserError(f"'{form}' is no TorchScript file and no module:function for {kind} features.") from None
-    model = functools.partial(presets[preset], model) if preset else model
-    tag = f"{preset or name or Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
-    return lambda x, *rate: model(x.to(device), *rate).float().cpu(), tag
+        raise ValueError(f"'{form}' is no TorchScript file and no module:function for {kind} "
+                         "features.") from None
+    if prepare is not None:
+        model = functools.partial(prepare, model)
+        name = preset
+    # In the name, as numbers of different networks must not be compared.
+    code = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def extract(x, *rate):
+        return model(x.to(device), *rate).float().cpu()
+    return extract, f"{name}-{code[:8]}"
+
 
 def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
-    """Gaussian classifier, one covariance: features x (n, ...), n labels -> (features -> logits (n, K), K names)."""
-    x, names = rows(x.flatten(1)), sorted(set(labels))
-    y, mean, std = torch.tensor([names.index(label) for label in labels]), x.mean(0), x.std(0) + 1e-4
-    axes = torch.linalg.svd((x - mean) / std, full_matrices=False)[2][:dims].T  # PCA
-    x = (x - mean) / std @ axes
-    means = torch.stack([x[y == c].mean(0) for c in range(len(names))])
+    """A Gaussian classifier with one covariance, in closed form: features x (n, ...), n labels
+    -> (function: features (m, ...) -> logits (m, K); the K names)."""
+    x = rows(x.flatten(1))
+    names = sorted(set(labels))
+    y = torch.tensor([names.index(label) for label in labels])
+    mean = x.mean(0)
+    std = x.std(0) + 1e-4
+    x = (x - mean) / std
+    axes = torch.linalg.svd(x, full_matrices=False)[2][:dims].T  # (D, dims): PCA
+    x = x @ axes
+    means = torch.stack([x[y == k].mean(0) for k in range(len(names))])  # (K, dims)
     cov = torch.cov((x - means[y]).T, correction=0)
-    cov = (1 - shrinkage) * cov + shrinkage * cov.trace() / len(cov) * torch.eye(len(cov))
+    ridge = cov.trace() / len(cov) * torch.eye(len(cov))
+    cov = (1 - shrinkage) * cov + shrinkage * ridge
+    # log p(k | x) = x . S^-1 m_k - m_k . S^-1 m_k / 2 + what is the same for all classes k
     weight = torch.linalg.solve(cov, means.T)  # (dims, K)
     bias = (means.T * weight).sum(0) / 2
-    return lambda z: ((rows(z.flatten(1), 1) - mean) / std @ axes @ weight - bias) / temperature, names
 
-# ---- The command -------------------------------------------------------------------------------------------
+    def classify(z):
+        z = (rows(z.flatten(1), 1) - mean) / std @ axes
+        return (z @ weight - bias) / temperature
+    return classify, names
+
+
+# ---- The command
+
+
+def look_at_video(video, extract, fps):
+    """Video uint8 (F, H, W, 3) -> its features, motion (F,), and times (s) of peaks and flashes."""
+    video = torch.from_numpy(video)[None].float()  # (1, F, H, W, 3)
+    gray = video @ torch.tensor([0.299, 0.587, 0.114])  # (1, F, H, W), 0 ... 255
+    change = gray.diff(dim=1).abs().mean((0, 2, 3)) / 255  # (F - 1,)
+    speed = optical_flow(gray.round()).norm(dim=2).mean((0, 2, 3))  # (F - 1,)
+    return {
+        "video": extract(video / 255)[0],
+        "motion": torch.cat([change[:1], change]),
+        "peaks": peak_times([speed[0], *speed], fps),
+        "flashes": flash_times(gray[0], fps),
+    }
+
+
+def look_at_audio(audio, extract, fps, rate):
+    """Audio float32 (L,) -> its features, times (s) of onsets, and its rises in loudness (F,)."""
+    audio = torch.from_numpy(audio)[None].float()  # (1, L)
+    rise = log_mel(audio, rate).diff(dim=2).clamp(min=0).mean(1)  # (1, T - 1)
+    frames = audio.shape[1] * fps // rate
+    return {
+        "audio": extract(audio, rate)[0],
+        "onsets": onset_times(audio[0], rate),
+        "rise": F.adaptive_max_pool1d(F.pad(rise, (1, 0)), frames)[0],
+    }
+
+
 @torch.no_grad()
 def look(clip, extract, fps, rate):
-    """What the metrics need of a clip: a dict of video uint8 (F, H, W, 3), audio float32 (L,), label, color, events."""
-    out = {k: clip[k] for k in ("label", "color", "events") if k in clip}
+    """What the metrics need of a clip, a dict of video uint8 (F, H, W, 3), audio float32 (L,),
+    label, color and events, as far as it has them, and `extract` a function for the stream."""
+    found = {}
+    for key in ("label", "color", "events"):
+        if key in clip:
+            found[key] = clip[key]
     if "video" in clip and "video" in extract:
-        video = torch.from_numpy(clip["video"])[None].float()  # (1, F, H, W, 3)
-        gray = video @ torch.tensor([0.299, 0.587, 0.114])
-        change = gray.diff(dim=1).abs().mean((0, 2, 3)) / 255  # (F - 1,)
-        speed = optical_flow(gray.round()).norm(dim=2).mean((0, 2, 3))
-        out |= {"video": extract["video"](video / 255)[0], "motion": torch.cat([change[:1], change]),
-                "peaks": peak_times([speed[0], *speed], fps), "flashes": flash_times(gray[0], fps)}
+        found |= look_at_video(clip["video"], extract["video"], fps)
     if "audio" in clip and "audio" in extract:
-        audio = torch.from_numpy(clip["audio"])[None].float()  # (1, L)
-        rise = F.pad(log_mel(audio, rate).diff(dim=2).clamp(min=0).mean(1), (1, 0))
-        out |= {"audio": extract["audio"](audio, rate)[0], "onsets": onset_times(audio[0], rate),
-                "rise": F.adaptive_max_pool1d(rise, audio.shape[1] * fps // rate)[0]}
-    return out
+        found |= look_at_audio(clip["audio"], extract["audio"], fps, rate)
+    return found
+
 
 def observe(clips, extract, fps, rate):
-    """look() at all clips, one by one -> {name: tensor (n, ...) or list}; processes share the work, and all get all."""
-    from tqdm import tqdm
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = tqdm(range(rank, len(clips), world), disable=rank > 0, unit="clip")
-    shares = [[look(clips[i], extract, fps, rate) for i in order]] * world
-    if world > 1:
-        dist.all_gather_object(shares, shares[rank])
+    """look() at all clips, one by one -> {name: tensor (n, ...) or list of n}. Processes share the
+    work, and all get all. ValueError when some clips lack a stream that others have."""
+    from tqdm import tqdm  # not needed by what is above
+    rank = 0
+    world = 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+    mine = []
+    for i in tqdm(range(rank, len(clips), world), disable=rank > 0, unit="clip"):
+        mine.append(look(clips[i], extract, fps, rate))
+    shares = [mine]
+    if world > 1:  # process r has clips r, r + world, r + 2 world, ...
+        shares = [None] * world
+        dist.all_gather_object(shares, mine)
     found = [shares[i % world][i // world] for i in range(len(clips))]
-    columns = {k: [x[k] for x in found] for k in found[0]}
-    return {k: torch.stack(x) if torch.is_tensor(x[0]) else x for k, x in columns.items()}
+    columns = {}
+    for key in found[0]:
+        if not all(key in x for x in found):
+            raise ValueError(f"Some of the clips have no {key}, which others have.")
+        column = [x[key] for x in found]
+        columns[key] = torch.stack(column) if torch.is_tensor(column[0]) else column
+    return columns
+
+
+def mean_score(score, onsets, times, *options):
+    """The mean of a score of two lists of times over the clips that have one; NaN without any."""
+    values = []
+    for heard, seen in zip(onsets, times, strict=False):
+        values.append(score(heard, seen, *options))
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
 
 def alignment(seen, fps, roll=0):
-    """Observed clips, their sound rolled by `roll` clips -> joint features (n, 9), {score: mean over clips}."""
-    onsets, means = [seen["onsets"][i - roll] for i in range(len(seen["onsets"]))], {}
-    for name, score, key, *options in (
-            ("av_align_iou", av_align_iou, "peaks", fps), ("av_align_mean1", av_align_mean, "peaks", fps, 1),
-            ("av_align_mean3", av_align_mean, "peaks", fps), ("sync_ms", sync_error, "flashes"),
-            ("sync_truth_ms", sync_error, "events")):
-        values = [score(o, v, *options) for o, v in zip(onsets, seen.get(key, ()), strict=False)]
-        means[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    """Observed clips, their sound rolled by `roll` -> (joint features (n, 9), {score: mean})."""
+    n = len(seen["onsets"])
+    onsets = [seen["onsets"][i - roll] for i in range(n)]
+    peaks = seen["peaks"]
+    means = {
+        "av_align_iou": mean_score(av_align_iou, onsets, peaks, fps),
+        "av_align_mean1": mean_score(av_align_mean, onsets, peaks, fps, 1),
+        "av_align_mean3": mean_score(av_align_mean, onsets, peaks, fps, 3),
+        "sync_ms": mean_score(sync_error, onsets, seen["flashes"]),
+        "sync_truth_ms": mean_score(sync_error, onsets, seen.get("events", ())),  # toy clips have
+    }
     return joint_features(seen["motion"], seen["rise"].roll(roll, 0)), means
 
-def compare(real, fake, tags, fps, logits=False):
-    """Two observed sets -> {metric: [value, floor, that of real clips, floor]}; logits: features are; clips paired."""
-    table, half = {}, {k: [x[:len(x) // 2], x[len(x) // 2:]] for k, x in real.items()}
-    for kind in [k for k in ("video", "audio") if k in real and k in fake]:
-        x, y, tag, letter = real[kind], fake[kind], tags[kind], kind[0]
-        for name, distance in ((f"f{letter}d_{tag}", frechet), (f"k{letter}d_{tag}", mmd)):  # fvd, kvd, fad, kad
-            table[name] = [distance(x, y), distance(*half[kind])]
-        table |= {"fad_mmdiff": [1e4 * v for v in table[f"fad_{tag}"]]} if tag.startswith("audioclip44k") else {}
-        if logits and tag != "builtin":
-            table[f"is_{kind}_{tag}"] = [inception_score(y, 10)[0], math.nan, inception_score(x, 10)[0]]
-            table[f"kl_{kind}_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
-        for key in {"video": ("label", "color"), "audio": ("label",)}[kind]:
-            if tag == "builtin" and len(set(real.get(key, ()))) > 1 and key in fake:
-                classify, trial = lda(x, real[key]), lda(half[kind][0], half[key][0])
-                right = [np.mean([names[i] == s for i, s in zip(f(z).argmax(1), labels, strict=True)])
-                         for (f, names), z, labels in ((classify, y, fake[key]), (trial, half[kind][1], half[key][1]))]
-                table[f"accuracy_{key}_{kind}_{tag}"] = [right[0], 1 / len(classify[1]), right[1]]
-                table[f"is_{key}_{kind}_{tag}"] = [inception_score(classify[0](y))[0]]
-    if all(k in s for k in ("motion", "rise") for s in (real, fake)):
-        (j, a), (_, af), (k, b), (kf, bf) = (alignment(s, fps, roll) for s in (fake, real) for roll in (0, 1))
-        table["fd_joint_builtin"] = [frechet(k, j), frechet(*k.tensor_split(2)), math.nan, frechet(k, kf)]
-        table |= {name: [z[name] for z in (a, af, b, bf)] for name in a}
+
+def compare_features(kind, x, y, tag):
+    """Features of the real clips, x, and of the fake ones, y, of a stream -> rows for compare()."""
+    half = len(x) // 2
+    letter = kind[0]  # fvd and kvd, or fad and kad
+    table = {}
+    table[f"f{letter}d_{tag}"] = [frechet(x, y), frechet(x[:half], x[half:])]
+    table[f"k{letter}d_{tag}"] = [mmd(x, y), mmd(x[:half], x[half:])]
+    if tag.startswith("audioclip44k"):
+        table["fad_mmdiff"] = [1e4 * value for value in table[f"fad_{tag}"]]
     return table
 
+
+def accuracy(classifier, x, labels):
+    """The share of features x (n, ...) whose label an lda() finds."""
+    classify, names = classifier
+    guesses = classify(x).argmax(1).tolist()
+    right = [names[k] == label for k, label in zip(guesses, labels, strict=True)]
+    return float(np.mean(right))
+
+
+def compare_classes(kind, real, fake, key):
+    """How well a classifier of the real clips finds the labels (`key`) of the fake ones -> rows for
+    compare(). Beside it: one of the first half of the real clips, tried on the second."""
+    x = real[kind]
+    half = len(x) // 2
+    classifier = lda(x, real[key])
+    trial = lda(x[:half], real[key][:half])
+    right = accuracy(classifier, fake[kind], fake[key])
+    right_of_real = accuracy(trial, x[half:], real[key][half:])
+    classify, names = classifier
+    return {
+        f"accuracy_{key}_{kind}_builtin": [right, 1 / len(names), right_of_real],
+        f"is_{key}_{kind}_builtin": [inception_score(classify(fake[kind]))[0]],
+    }
+
+
+def compare_alignment(real, fake, fps):
+    """Two observed sets with video and audio -> rows for compare()."""
+    joint, means = alignment(fake, fps)
+    _, floor = alignment(fake, fps, roll=1)
+    real_joint, real_means = alignment(real, fps)
+    mismatched, real_floor = alignment(real, fps, roll=1)
+    table = {}
+    table["fd_joint_builtin"] = [frechet(real_joint, joint), frechet(*real_joint.tensor_split(2)),
+                                 math.nan, frechet(real_joint, mismatched)]
+    for name in means:
+        table[name] = [means[name], floor[name], real_means[name], real_floor[name]]
+    return table
+
+
+def compare(real, fake, tags, fps, logits=False):
+    """Two observed sets -> {metric: [value, its floor, that of the real clips, its floor]}, as far
+    as it has them. tags: names of the features by stream; logits: features are, clips paired."""
+    table = {}
+    for kind in ("video", "audio"):
+        if kind not in real or kind not in fake:
+            continue
+        x = real[kind]
+        y = fake[kind]
+        tag = tags[kind]
+        table |= compare_features(kind, x, y, tag)
+        if logits and tag != "builtin":
+            score, _, _ = inception_score(y, 10)
+            score_of_real, _, _ = inception_score(x, 10)
+            table[f"is_{kind}_{tag}"] = [score, math.nan, score_of_real]
+            table[f"kl_{kind}_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
+        for key in ("label", "color"):
+            classes = set(real.get(key, ()))
+            heard = key == "label" or kind == "video"  # colors have no sound
+            if tag == "builtin" and len(classes) > 1 and key in fake and heard:
+                table |= compare_classes(kind, real, fake, key)
+    if all(key in seen for key in ("motion", "rise") for seen in (real, fake)):
+        table |= compare_alignment(real, fake, fps)
+    return table
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--real", default="toy", help="data set or folder of clips [toy]")
+    add("--fake", required=True, help="data set or folder of clips to be judged")
+    add("--n", type=int, default=2048, help="clips of each, at most [2048]")
+    add("--video_features", default="builtin", help="builtin, FILE or module:function [builtin]")
+    add("--audio_features", default="builtin", help="builtin, FILE or module:function [builtin]")
+    add("--logits", action="store_true", help="features are logits, clips paired: IS and KL")
+    add("--protocol", default="plain", help="plain or stylegan-v: how clips are picked [plain]")
+    add("--device", default="cpu", help="where a FILE runs [cpu]")
+    add("--json", help="write the table to this file, too")
+    # The shape of the clips; .npz files say their own.
+    add("--frames", type=int, default=16, help="[16]")
+    add("--size", type=int, default=32, help="height and width, pixels [32]")
+    add("--fps", type=int, default=10, help="frames per second [10]")
+    add("--rate", type=int, default=8000, help="audio samples per second [8000]")
+    return parser
+
+
+def print_table(table):
+    print(" " * 32 + "       value   its floor        real   its floor")
+    for name, values in table.items():
+        line = f"{name:32}"
+        for value in values:
+            line += f"{value:12.4g}" if math.isfinite(value) else " " * 12
+        print(line)
+
+
+def write_json(path, args, table):
+    """{"options": of the command, "metrics": {name: [values]}}; null for what is not finite."""
+    metrics = {}
+    for name, values in table.items():
+        metrics[name] = [v if math.isfinite(v) else None for v in values]
+    Path(path).write_text(json.dumps({"options": vars(args), "metrics": metrics}, indent=1))
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"metrics.py: {message} (--help lists the options)")
-    for name, default in {
-            "real": "toy", "fake": "", "n": 2048, "video_features": "builtin", "audio_features": "builtin", "json": "",
-            "device": "cpu", "protocol": "plain", "frames": 16, "size": 32, "fps": 10, "rate": 8000}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
-    parser.add_argument("--logits", action="store_true", help="the features are logits, the clips paired: IS and KL")
+    import data  # it reads the clips: the command, unlike the functions, needs it
+
+    parser = command_line()
+    parser.error = lambda message: data.end("metrics.py", f"{message} (--help lists the options)")
     args = parser.parse_args(argv)
-    import sample  # it reads the clips, with data.py: the command, unlike the functions, needs both
+    first = os.environ.get("RANK", "0") == "0"  # this process speaks and writes
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
     try:
-        pairs, seen = {k: extractor(getattr(args, f"{k}_features"), k, args.device) for k in ("video", "audio")}, {}
-        for side, split in (("fake", "val"), ("real", "train")):
-            clips = sample.Clips(getattr(args, side), split, args)
-            say(f"{side}: {clips.about}")
-            seen[side] = observe(clips, {k: f for k, (f, _) in pairs.items()}, args.fps, args.rate)
-        table = compare(seen["real"], seen["fake"], {k: tag for k, (_, tag) in pairs.items()}, args.fps, args.logits)
-    except (UserError, sample.data.UserError) as error:
-        sys.exit(f"metrics.py: {error}")
-    say(f"{'':32}{'value':>12}{'its floor':>12}{'real':>12}{'its floor':>12}")
-    for name, values in table.items():
-        say(f"{name:32}" + "".join(f"{v:12.4g}" if math.isfinite(v) else f"{'':12}" for v in values))
-    if args.json and say is print:
-        table = {k: [float(v) if math.isfinite(v) else None for v in x] for k, x in table.items()}
-        Path(args.json).write_text(json.dumps({"options": vars(args), "metrics": table}, indent=1))
+        extract = {}
+        tags = {}
+        for kind, form in (("video", args.video_features), ("audio", args.audio_features)):
+            extract[kind], tags[kind] = extractor(form, kind, args.device)
+        fake = data.Clips(args.fake, "val", args.n, args.frames, args.size, args.fps, args.rate,
+                          args.protocol)
+        real = data.Clips(args.real, "train", args.n, fake.frames, fake.size, fake.fps, fake.rate,
+                          args.protocol)
+        for name in ("frames", "size", "fps", "rate"):  # .npz files bring their own
+            here = getattr(fake, name)
+            there = getattr(real, name)
+            if here != there:
+                raise ValueError(f"The fake clips have {name} {here} and the real ones {there}: "
+                                 "they cannot be compared.")
+            setattr(args, name, here)
+        seen = {}
+        for side, clips in (("fake", fake), ("real", real)):
+            if first:
+                print(f"{side}: {clips.about}", flush=True)
+            seen[side] = observe(clips, extract, args.fps, args.rate)
+        table = compare(seen["real"], seen["fake"], tags, args.fps, args.logits)
+    except ValueError as error:
+        data.end("metrics.py", error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if first:
+        print_table(table)
+        if args.json:
+            write_json(args.json, args, table)
+
 
 if __name__ == "__main__":
     main()

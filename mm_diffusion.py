@@ -41,6 +41,7 @@ their end; the averaged weights' decay is ramped up; SR learns from averages ove
 as data.py makes small frames, not bicubic ones. toy and small train with EDM (below) and Muon: what
 a training of minutes needs to get from noise to whole shapes. toy does not shift its windows.
 """
+
 import argparse
 import copy
 import dataclasses
@@ -237,6 +238,7 @@ def parse(argv=None, base=None):
 
     Raises data.UserError for an unknown option or a wrong value.
     """
+
     def refuse(message):
         raise data.UserError(f"{message} (--help lists the options).")
 
@@ -247,7 +249,6 @@ def parse(argv=None, base=None):
         parser.add_argument(
             f"--{field.name}",
             type=functools.partial(data.parse_value, field.type),
-            choices=PRESETS if field.name == "preset" else CHOICES.get(field.name),
             default=argparse.SUPPRESS,
             help=f"{remarks[field.name]} [{field.default}]".replace("%", "%%"),
         )
@@ -256,6 +257,8 @@ def parse(argv=None, base=None):
     # Without --preset: the one of the data's name, as toy has, else small.
     source = given.get("data", Config.data).split(":")[0]
     preset = given.get("preset", source if source in PRESETS else "small")
+    if preset not in PRESETS:
+        refuse(f"There is no --preset {preset}: choose one of {', '.join(PRESETS)}")
     if base is None:
         values = {"preset": preset, **PRESETS[preset], **given}
         if "preset" not in given and RANK == 0:
@@ -273,6 +276,9 @@ def parse(argv=None, base=None):
 
 def check(cfg):
     """Raise data.UserError for the first mistake in a config that people make."""
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            raise data.UserError(f"--{name} must be one of {', '.join(choices)}.")
     for field in dataclasses.fields(cfg):
         least = 0 if field.name in ("warmup", "workers", "seed") else 1
         if field.type is int and getattr(cfg, field.name) < least:
@@ -280,8 +286,6 @@ def check(cfg):
     for name in ("betas", "data_mean", "data_std", "skip_std", "noise_levels"):
         if len(getattr(cfg, name)) != 2:
             raise data.UserError(f"--{name} needs two numbers.")
-    if not cfg.mult or min(cfg.mult + cfg.sr_mult) < 1:
-        raise data.UserError("--mult and --sr_mult need numbers of 1 or more.")
     if not 0 <= cfg.dropout < 1:
         raise data.UserError("--dropout must be 0 or more and below 1.")
     if cfg.seconds < 0:
@@ -301,8 +305,11 @@ def check(cfg):
 
     # Groups and heads share the channels of a scale out evenly.
     widths = {2**i: cfg.width * m for i, m in enumerate(cfg.mult)}  # by downsampling factor
-    if any(w % cfg.norm_groups or w % cfg.heads for w in widths.values()):
-        raise data.UserError("--norm_groups and --heads must divide --width times every --mult.")
+    for width in widths.values():
+        if width < 1 or width % cfg.norm_groups or width % cfg.heads:
+            raise data.UserError(
+                "--norm_groups and --heads must divide --width times every --mult."
+            )
     for factor in cfg.video_attention + cfg.cross_attention:
         if factor not in widths:
             raise data.UserError(f"Attention is possible at the factors {list(widths)} alone.")
@@ -646,9 +653,7 @@ class CoupledUNet(nn.Module):
                 entry.append(CrossAttention(o, cfg, window[factor]))
             return entry
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
         # Down. `skips` are the channels of the features that the way up will be given.
         c = width * cfg.mult[0]
@@ -691,14 +696,16 @@ class CoupledUNet(nn.Module):
 
         self.audio_out = head(AudioConv(c, 1, 3)) if "a" in cfg.streams else None
         self.video_out = head(VideoConv3d(c, 3, 3)) if "v" in cfg.streams else None
+        self.register_buffer("choices", torch.tensor(self.count_shifts()), persistent=False)
 
-        # How many shifts each cross-attention has to choose from, in the order they run.
-        choices = []
+    def count_shifts(self):
+        """How many shifts each cross-attention can choose from, in the order in which they run."""
+        counts = []
         for module in self.modules():
             if isinstance(module, CrossAttention):
-                span = module.window if module.window and cfg.random_shift else cfg.frames
-                choices.append(cfg.frames - span + 1)
-        self.register_buffer("choices", torch.tensor(choices), persistent=False)
+                shifted = module.window and self.cfg.random_shift
+                counts.append(self.cfg.frames - module.window + 1 if shifted else 1)
+        return counts
 
     def draw_shifts(self, generator=None):
         """A shift R for each cross-attention, uniform in 0 ... F - S -> (blocks,) int64."""
@@ -1365,6 +1372,7 @@ class SRDiffusion(Diffusion):
 
         All start from one noise image (3, H, W), which keeps them from flickering.
         """
+
         def eps(x, t):
             t = torch.full((len(low),), t, device=low.device)
             return {"v": self.predict(model, x["v"], low, t)[0]}
@@ -1608,8 +1616,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     data.write_samples takes them. Raises data.UserError for a checkpoint of another run.
     """
     if cfg.batch_size % (WORLD * cfg.grad_accum):
-        raise data.UserError(f"The batch size, {cfg.batch_size}, does not divide by "
-                             f"{WORLD * cfg.grad_accum} (processes x --grad_accum).")
+        raise data.UserError(
+            f"The batch size, {cfg.batch_size}, does not divide by "
+            f"{WORLD * cfg.grad_accum} (processes x --grad_accum)."
+        )
     device = next(model.parameters()).device
     dtype = precision(cfg, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -1739,8 +1749,10 @@ def condition(process, n, video, audio):
         if audio is not None:
             a = torch.as_tensor(audio).float().unsqueeze(-2).expand(shape_a)
     except RuntimeError:  # of expand()
-        raise data.UserError(f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} "
-                             f"pixels, or {length} samples.") from None
+        raise data.UserError(
+            f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} "
+            f"pixels, or {length} samples."
+        ) from None
     given = process.encode({"video": v, "audio": a})
     known = {
         "v": torch.full_like(v, video is not None, dtype=torch.bool),
@@ -1817,9 +1829,23 @@ def load_sr(cfg, device):
 
 
 @torch.no_grad()
-def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None,
-           steps=None, guidance=None, seed=0, sampler=None, method=None, seconds=None,
-           batch_size=8):
+def sample(
+    model,
+    n,
+    *,
+    prompt=None,
+    negative_prompt=None,
+    label=None,
+    video=None,
+    audio=None,
+    steps=None,
+    guidance=None,
+    seed=0,
+    sampler=None,
+    method=None,
+    seconds=None,
+    batch_size=8,
+):
     """Generate n clips -> video (n, F, H, W, 3) uint8, audio (n, L) float32 in [-1, 1].
 
     None for a stream that the model lacks. Given one window of video ([n,] F, H, W, 3) uint8 or of
@@ -1834,52 +1860,61 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     options = {"sample_steps": steps, "guidance": guidance, "sampler": sampler, "method": method}
     options["seconds"] = seconds
     cfg = dataclasses.replace(model.cfg, **{k: x for k, x in options.items() if x is not None})
+    check(cfg)
     device = next(model.parameters()).device
     process = build_process(cfg, device)
     wanted = condition(process, n, video, audio)
     if guidance is not None and (not (wanted or cfg.seconds) or cfg.method == "replace"):
-        raise data.UserError("Guidance is for a given video or sound or --seconds, "
-                             "with --method gradient or released.")
-    sr = load_sr(cfg, device)
+        raise data.UserError(
+            "Guidance is for a given video or sound or --seconds, "
+            "with --method gradient or released."
+        )
+    sr = load_sr(cfg, device) if video is None else None
 
-    dtype = precision(cfg, device)
-    made = {k: [] for k in cfg.streams}
+    made = []
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
-        # Noise is drawn on the CPU, for each clip from its own seed: all devices start from it.
         clips = range(first, min(first + batch_size, n))
-        draws = []
-        for i in clips:
-            draws.append(torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")))
-        shifts = torch.Generator().manual_seed(seed)
-
-        def normal(shape, draws=draws):
-            return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
-
-        def eps(x, t, clips=clips, shifts=shifts):
-            t = torch.full((len(clips),), t, device=device)
-            return process.noise_estimate(model, x, t, model.draw_shifts(shifts))
-
         part = None
         if wanted:
             part = [{k: y[first : clips.stop].to(device) for k, y in x.items()} for x in wanted]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = make_window(process, eps, normal, part)
-            if cfg.seconds:
-                x = prolong(process, eps, normal, x)
-            x = process.decode(x)
-            if sr and video is None:
-                x["v"] = enlarge(sr, x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)))
-        for k, y in x.items():
-            made[k].append(y.cpu())
+        made.append(sample_batch(model, process, sr, clips, seed, part))
+    v = data.to_uint8(torch.cat([x["v"] for x in made])) if "v" in cfg.streams else None
+    a = torch.cat([x["a"] for x in made])[:, 0].clamp(-1, 1) if "a" in cfg.streams else None
 
     # What was given comes back as it was.
-    v = data.to_uint8(torch.cat(made["v"])) if "v" in made else None
-    a = torch.cat(made["a"])[:, 0].clamp(-1, 1) if "a" in made else None
     if video is not None:
         v = torch.as_tensor(video).expand(v.shape)
     if audio is not None:
         a = torch.as_tensor(audio).float().expand(a.shape)
     return v, a
+
+
+def sample_batch(model, process, sr, clips, seed, condition):
+    """The clips of these numbers, {stream: values} on the CPU; sr: a network to enlarge them."""
+    cfg = process.cfg
+    device = process.alpha.device
+    # Noise is drawn on the CPU, for each clip from its own seed: all devices start from the same.
+    draws = []
+    for i in clips:
+        draws.append(torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")))
+    shifts = torch.Generator().manual_seed(seed)
+
+    def normal(shape):
+        return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
+
+    def eps(x, t):
+        t = torch.full((len(clips),), t, device=device)
+        return process.noise_estimate(model, x, t, model.draw_shifts(shifts))
+
+    dtype = precision(cfg, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        x = make_window(process, eps, normal, condition)
+        if cfg.seconds:
+            x = prolong(process, eps, normal, x)
+        x = process.decode(x)
+        if sr:
+            x["v"] = enlarge(sr, x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)))
+    return {k: y.cpu() for k, y in x.items()}
 
 
 def enlarge(sr, video, noise):
@@ -1910,8 +1945,10 @@ def load(path, device="cpu", options=()):
         if cfg.stage == "sr":
             cfg = sr_config(cfg)
     else:
-        raise data.UserError(f"{path} holds weights without their options: add --preset paper, or "
-                             "the preset whose they are.")
+        raise data.UserError(
+            f"{path} holds weights without their options: add --preset paper, or "
+            "the preset whose they are."
+        )
     model = build(cfg)
     data.load_weights(model, state, path)
     return model.to(device).eval()
@@ -1949,8 +1986,10 @@ def train(cfg):
         print(f"PSNR of {n} validation frames: {ours:.2f} dB, bicubic {cubic:.2f} dB")
     if RANK == 0:
         option = "--sr_ckpt" if cfg.stage == "sr" else "--ckpt"
-        print(f"Samples are in {cfg.out}/samples; more: "
-              f"python sample.py --model mm_diffusion {option} {cfg.out}/ckpt.pt")
+        print(
+            f"Samples are in {cfg.out}/samples; more: "
+            f"python sample.py --model mm_diffusion {option} {cfg.out}/ckpt.pt"
+        )
 
 
 def main(argv=None):
