@@ -1,50 +1,47 @@
-"""ProAV-DiT: sound as video, both as planes, and one transformer over the planes (Sun et al. 2025, arXiv 2511.12072).
+"""ProAV-DiT: sound as video, both as planes, one transformer over the planes (arXiv 2511.12072).
 
-A clip's sound becomes a film of its own: one mel spectrogram per frame. An autoencoder (MDSA) projects both films onto
-three planes each, (h, w), (t, w) and (t, h), with attention that links the two streams at every step. A transformer
-(STDiT) takes the six planes for the frames of one short video and generates them together, by reflected flow matching:
-it learns the velocity along straight lines from noise to data in the cube [-1, 1], and a sampling step that would leave
-the cube bounces off its wall.
+A clip's sound becomes a film of its own: one mel spectrogram per frame. An autoencoder (MDSA)
+projects both films onto three planes each, (h, w), (t, w) and (t, h), and links the two streams by
+attention at every step. A transformer (STDiT) takes the six planes for the frames of one short
+video and generates them together, by reflected flow matching: it learns the velocity along straight
+lines from noise to data in the cube [-1, 1], and a sampling step that would leave the cube bounces
+off its wall. Paper: Sun et al. 2025.
 
-    video (B, F, 3, H, W)                        audio (B, 1, L) -> mel images (B, F, 1, M, K)        section 3.1
-        | patches, TimeSformer                       | patches, TimeSformer
-    u (B, F, L, L, D)                            u (B, F, L, L, D)                                    eq. 1
-        | project along t, h, w                      | project along t, h, w
-    planes hw (L, L), tw (F, L), th (F, L)       planes hw, tw, th                                    eq. 2
-        | hw: self-attention;  tw, th: attention over t at three scales, in each stream               eq. 4, 5
-        | <----- each plane attends to the other stream's plane of the same name ----->               eq. 6
-    z (..., C) in (-1, 1)                        z (..., C)                 the latents, tanh(mu)
-        |    stacked as 6 frames (B, 6, F or L, L, C), audio first: noise -> STDiT -> velocity        eq. 9
-        | expand and add                             | expand and add                                 eq. 7
-        | <----- attention to the other stream inside blocks of (t, h, w) ----->                      eq. 8
-        | TimeSformer, un-embed                      | TimeSformer, un-embed, Griffin-Lim
-    video                                        audio
+    video (B, F, 3, H, W)                 audio (B, 1, L) -> mel images (B, F, 1, M, K)  section 3.1
+        | patches, TimeSformer                | patches, TimeSformer
+    u (B, F, L, L, D)                     u (B, F, L, L, D)                              eq. 1
+        | project along t, h, w               | project along t, h, w
+    planes hw (L, L), tw (F, L), th (F, L)    planes hw, tw, th                          eq. 2
+        | hw: self-attention; tw, th: attention over t at three scales, in each stream   eq. 4, 5
+        | <----- each plane attends to the other stream's plane of the same name ----->  eq. 6
+    z (..., C) in (-1, 1)                 z (..., C)             the latents, tanh(mu)
+        |    stacked as 6 frames (B, 6, rows, L, C): noise -> STDiT -> velocity          eq. 9
+        | expand and add                      | expand and add                           eq. 7
+        | <----- attention to the other stream inside blocks of (t, h, w) ----->         eq. 8
+        | TimeSformer, un-embed               | TimeSformer, un-embed, Griffin-Lim
+    video                                 audio
 
-B clips of F frames; L x L patches in each (of the waveform, L samples); M mel bands, K columns; D features; C channels.
+B clips of F frames, L x L patches in each (of the waveform, L samples); M mel bands, K columns; D
+features; C channels.
 
-    python proav_dit.py                                             # toy, both stages: 9 minutes on 2 cores
-    torchrun --nproc_per_node=4 proav_dit.py --preset small --data concerts         # after `python data.py prepare`
+    python proav_dit.py                              # toy, both stages: 9 minutes on 2 cores
+    torchrun --nproc_per_node=4 proav_dit.py --data concerts      # after `python data.py prepare`
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
-    python sample.py --model proav_dit --video my.mp4               # sound for a video; --audio: video for a sound
+    python sample.py --model proav_dit --video my.mp4             # its sound; --audio: the reverse
 
-Differs from the paper, on purpose: 1. A mel image keeps its M x K cells; stretched to H x W, a linear patch would see
-each number several times. Audio has patches of its own shape instead, so that the grids agree. 2. MDSA starts from the
-best linear code of some clips, every residual branch at zero, and its output is not squashed. 3. LPIPS, which has to
-be downloaded, is replaced by perceptual(). 4. Autoencoder and discriminators step together (PVDM: in turn). 5. Text is
-read by a small encoder learned here (--text FOLDER: a T5), and captions vary in training, so that short prompts work.
-6. Sound for a video and the reverse, by leading the given planes along their straight path, is ours. 7. Stage dit does
-not start from an autoencoder that trivial codes beat. 8. toy has other sizes, no discriminators, --optimizer muon. 9.
-toy and small turn queries and keys in the spatial blocks too (--dit_rope): with sinusoids at the input alone, rows of a
-plane did not find each other in minutes, and balls jumped.
+Differs from the paper on purpose. A mel image keeps its M x K cells, and audio has patches of its
+own shape, so that the grids agree. LPIPS is replaced by perceptual(). Autoencoder and critics step
+together. A T5 is used with --text FOLDER; else a small encoder is learned here, from captions that
+vary. Ours alone: MDSA starts from the best linear code of some clips; sound for a video and the
+reverse, by leading the given planes along their path; no generator for an autoencoder that trivial
+codes beat; --dit_rope, turned on in toy and small, as the rows of a plane do not find each other in
+minutes without it; toy has other sizes, no critics, and Muon.
 
-The paper is silent or contradicts itself on the following. 1. STDiT of 702 M: only 16 pairs of blocks, width 1152,
-come near, with 697.5 M (16 blocks in all: 357 M; MDSA, 141.1 M, apart). 2. Patches of 4 do not make 32 x 32 latents of
-256 x 256 pixels; 8 do. 3. "8192" numbers are of one modality. 4. Eq. 11's KL between pixels is about 1e-3, times 6e-6:
-nothing, and yet Table 5 misses it. Ours is of the latents, to N(0, 1), summed (--kl pixel: to the letter). 5.
-Attention between planes works at width d, before the projection to C channels; eq. 5 gets a residual. 6. Mel hop,
-window and range, block sizes, guidance, EMA, step counts and the weights inside L_perc and L_fm are ours or PVDM's. 7.
-"Linear noise schedule" is read as the straight path. 8. Planes of unequal size are padded, and the padding masked. 9.
-The projection's own token is read; PVDM's code adds one but reads its neighbor.
+Where the paper is silent or contradicts itself: only 16 pairs of STDiT blocks of width 1152 come
+near 702 M (697.5 M; MDSA, 141.1 M, apart). Patches of 4 do not make 32 x 32 latents of 256 pixels;
+8 do. Attention between planes works at width D, and eq. 5 gets a residual. The "linear noise
+schedule" is the straight path. Planes of unequal size are padded, the padding masked. Mel window
+and range, block sizes, guidance, EMA and the weights inside the losses are ours or PVDM's.
 """
 import argparse
 import copy
@@ -58,7 +55,9 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,270 +65,372 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 
+RANK = int(os.environ.get("RANK", 0))  # which process this is, as torchrun says,
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+
 # ---- Config
+
 
 @dataclass
 class Config:
-    """Every option; the defaults are the paper's or, where it is silent, those of PVDM (MDSA) and Open-Sora (STDiT)."""
-    preset: str = "paper"            # the row of PRESETS that the other values start from
-    data: str = "toy"                # toy, toy:bounce,glide (some of its scenes), or a set made by data.py prepare
-    out: str = ""                    # folder of the run; empty: out/proav_dit/PRESET[-DATA]
-    stage: str = "all"               # all, mdsa (the autoencoder) or dit (the generator); finished stages are skipped
-    # the clip
-    frames: int = 16                 # frames in a clip
-    size: int = 256                  # height and width, pixels
-    fps: int = 10                    # frames per second
-    rate: int = 16000                # audio samples per second; a clip has frames * rate / fps of them
-    # its sound as video (section 3.1)
-    n_mels: int = 128                # mel bands: height of an audio frame
-    hop: int = 25                    # samples between columns; a frame's audio has rate / fps / hop of them
-    window: int = 400                # samples in the Hann window of the STFT
-    n_fft: int = 1024                # length of its transform
-    floor: float = 1e-3              # magnitude below which the logarithm flattens out; a full-scale sine has 1
-    griffin_lim: int = 60            # iterations to find the phases
-    refine: int = 0                  # L-BFGS steps on the waveform after that
-    # MDSA (section 3.1, appendix 5.2)
-    streams: str = "av"              # av: both; v or a: a single-stream autoencoder and generator (Tables 1, 6)
-    patch: int = 8                   # height and width of a patch, pixels; audio has patches that give the same grid
-    width: int = 384                 # features of a token, d
-    depth: int = 8                   # layers of each encoder
-    decoder_depth: int = 8           # layers of each decoder
-    heads: int = 8                   # heads of their attention
-    head_dim: int = 64               # channels of such a head
-    ff_mult: int = 4                 # hidden width of their MLPs, in units of width
-    plane_channels: int = 4          # channels of a latent plane, C
-    proj_depth: int = 4              # layers of a projection; its heads have width / 8 channels
-    proj_heads: int = 4              # heads of the projections and of all attention between planes
-    proj_mlp: int = 512              # hidden width of a projection's MLP
-    blocks: tuple = (4, 8, 8)        # t, h, w of the blocks in which the decoders meet
-    mt_attn: bool = True             # attention over time at three scales (eq. 4, 5)
-    gcm_attn: bool = True            # cross-attention between planes of the two streams (eq. 6)
-    biblock: bool = True             # cross-attention between the two volumes (eq. 8)
-    kl: str = "latent"               # latent: to N(0, 1), before tanh; pixel: eq. 11 to the letter; off
-    adv: bool = True                 # discriminators of images and clips, and feature matching
-    disc_width: int = 64             # their channels
-    disc_start: int = 150000         # step from which the discriminators and the KL term act (eq. 12)
-    need_good: bool = True           # do not go on to stage dit with an autoencoder that trivial codes beat
-    mdsa_steps: int = 200000         # optimizer steps of stage mdsa
-    mdsa_batch_size: int = 32        # clips per step
-    mdsa_lr: float = 1e-4            # learning rate
-    mdsa_betas: tuple = (0.5, 0.9)   # of AdamW
-    # STDiT and its text (section 3.2)
-    dit_width: int = 1152            # features of a token
-    dit_depth: int = 16              # pairs of a spatial and a temporal block
-    dit_heads: int = 16              # heads of their attention
-    dit_rope: bool = False           # rotary positions in the spatial blocks too: what a short training needs most
-    text: str = "bytes"              # bytes: an encoder learned here; else the folder of a T5 encoder
-    text_width: int = 4096           # features of a word (T5 XXL: 4096)
-    text_tokens: int = 300           # words read of a caption, its opening included
-    guidance: float = 4.0            # strength w of classifier-free guidance; 1: none
-    sampler: str = "euler"           # euler or heun, reflected
-    sample_steps: int = 30           # network calls per clip (twice that with guidance)
-    cache_latents: int = 0           # clips to encode once, before stage dit; 0: encode every batch as it comes
-    # training of stage dit; the options from grad_accum on are of both stages
-    steps: int = 400000              # optimizer steps
-    batch_size: int = 64             # clips per optimizer step over ALL processes
-    lr: float = 1e-4                 # AdamW learning rate
-    betas: tuple = (0.9, 0.999)      # of AdamW
-    grad_accum: int = 1              # parts that each process splits its share of the batch into
-    lr_end: float = 1.0              # the rate falls linearly to this share of lr; 1: constant
-    warmup: int = 1000               # steps of linear warm-up
-    optimizer: str = "adamw"         # adamw, or muon: the same, but for an orthogonal update of every matrix
-    weight_decay: float = 0.0        # of AdamW; with 0 it is Adam
-    clip: float = 1.0                # largest gradient norm; 0: no clipping (the norm is logged all the same)
-    ema: float = 0.9999              # decay of the averaged weights, ramped up as (1 + step) / (10 + step)
-    amp: str = "auto"                # auto, bf16, fp16 or off; auto: bf16 or else fp16 on CUDA, off elsewhere
-    compile: bool = False            # torch.compile the network
-    device: str = "auto"             # auto (cuda, mps, cpu) or a torch device
-    workers: int = 2                 # data loading processes
-    seed: int = 0                    # of weights, batches, noise and samples
-    init_from: str = ""              # start one stage from the weights in this checkpoint
-    log_every: int = 10              # steps between rows of log.csv
-    val_every: int = 5000            # steps between validations
-    val_clips: int = 64              # validation clips
-    save_every: int = 1000           # steps between checkpoints
-    sample_every: int = 10000        # steps between samples
-    samples: int = 4                 # clips to sample then and at the end
+    """Every option. Defaults: the paper's, or where it is silent PVDM's (MDSA), Open-Sora's."""
 
+    preset: str = "paper"  # the row of PRESETS that the other values start from
+    data: str = "toy"  # toy, toy:bounce,glide (some of its scenes), or a set of data.py prepare
+    out: str = ""  # folder of the run; empty: out/proav_dit/PRESET[-DATA]
+    stage: str = "all"  # all; mdsa, the autoencoder; dit, a generator on the one in out/mdsa
+    # the clip
+    frames: int = 16  # frames in a clip
+    size: int = 256  # height and width, pixels
+    fps: int = 10  # frames per second
+    rate: int = 16000  # audio samples per second; a clip has frames * rate / fps of them
+    # its sound as video (section 3.1)
+    n_mels: int = 128  # mel bands: height of an audio frame
+    hop: int = 25  # samples between columns; a frame's audio has rate / fps / hop of them
+    window: int = 400  # samples in the Hann window of the STFT
+    n_fft: int = 1024  # length of its transform
+    floor: float = 1e-3  # magnitude where the logarithm flattens out; a full-scale sine has 1
+    griffin_lim: int = 60  # iterations to find the phases
+    # MDSA (section 3.1, appendix 5.2)
+    streams: str = "av"  # av: both; v or a: autoencoder and generator of one (Tables 1, 6)
+    patch: int = 8  # height and width of a patch, pixels; audio's patches give the same grid
+    width: int = 384  # features of a token, D
+    depth: int = 8  # layers of each encoder
+    decoder_depth: int = 8  # layers of each decoder
+    heads: int = 8  # heads of their attention
+    head_dim: int = 64  # channels of such a head
+    ff_mult: int = 4  # hidden width of their MLPs, in units of width
+    plane_channels: int = 4  # channels of a latent plane, C
+    proj_depth: int = 4  # layers of a projection; its heads have width / 8 channels
+    proj_heads: int = 4  # heads of the projections and of all attention between planes
+    proj_mlp: int = 512  # hidden width of a projection's MLP
+    blocks: tuple = (4, 8, 8)  # t, h, w of the blocks in which the decoders meet (eq. 8)
+    mt_attn: bool = True  # attention over time at three scales (eq. 4, 5)
+    gcm_attn: bool = True  # cross-attention between planes of the two streams (eq. 6)
+    biblock: bool = True  # cross-attention between the two volumes (eq. 8)
+    kl: str = "latent"  # latent: to N(0, 1), before tanh; pixel: eq. 11 to the letter; off
+    adv: bool = True  # discriminators of images and clips, and feature matching
+    disc_width: int = 64  # their channels
+    disc_start: int = 150000  # step from which the discriminators and the KL term act (eq. 12)
+    need_good: bool = True  # no stage dit with an autoencoder that trivial codes beat
+    mdsa_steps: int = 200000  # optimizer steps of stage mdsa
+    mdsa_batch_size: int = 32  # clips per step
+    mdsa_lr: float = 1e-4  # learning rate
+    mdsa_betas: tuple = (0.5, 0.9)  # of AdamW
+    # STDiT and its text (section 3.2)
+    dit_width: int = 1152  # features of a token
+    dit_depth: int = 16  # pairs of a spatial and a temporal block
+    dit_heads: int = 16  # heads of their attention
+    dit_rope: bool = False  # rotary positions in the spatial blocks too
+    text: str = "bytes"  # bytes: an encoder learned here; else the folder of a T5
+    text_width: int = 4096  # features of a word (T5 XXL: 4096)
+    text_tokens: int = 300  # words read of a caption, its opening included
+    guidance: float = 4.0  # strength w of classifier-free guidance; 1: none
+    sample_steps: int = 30  # network calls per clip (twice that with guidance)
+    cache_latents: int = 0  # clips to encode once, before stage dit; 0: encode batch by batch
+    # training of stage dit; the options from grad_accum on are of both stages
+    steps: int = 400000  # optimizer steps
+    batch_size: int = 64  # clips per optimizer step over ALL processes
+    lr: float = 1e-4  # learning rate
+    betas: tuple = (0.9, 0.999)  # of AdamW
+    grad_accum: int = 1  # parts that each process splits its share of the batch into
+    checkpoint: bool = False  # recompute layers in backward: less memory, more time
+    lr_end: float = 1.0  # the rate falls linearly to this share of lr; 1: constant
+    warmup: int = 1000  # steps of linear warm-up
+    optimizer: str = "adamw"  # adamw; or muon for hidden weight matrices, adamw for the rest
+    weight_decay: float = 0.0  # of both
+    clip: float = 1.0  # largest gradient norm; 0: no clipping (the norm is logged all the same)
+    ema: float = 0.9999  # decay of the averaged weights
+    amp: str = "auto"  # auto, bf16, fp16 or off; auto: bf16 or else fp16 on CUDA, off elsewhere
+    compile: bool = False  # torch.compile the network
+    device: str = "auto"  # auto (cuda or else cpu) or a torch device
+    workers: int = 2  # data loading processes
+    seed: int = 0  # of weights, batches, noise and samples
+    init_from: str = ""  # start one stage from the weights in this checkpoint
+    log_every: int = 10  # steps between rows of log.csv
+    eval_every: int = 5000  # steps between validations, checkpoints and samples
+    val_clips: int = 64  # validation clips
+    samples: int = 4  # clips to sample then
+
+
+CHOICES = {
+    "stage": ("all", "mdsa", "dit"),
+    "streams": ("av", "v", "a"),
+    "kl": ("latent", "pixel", "off"),
+    "optimizer": ("adamw", "muon"),
+    "amp": ("auto", "bf16", "fp16", "off"),
+}
 
 PRESETS = {
-    "toy": dict(data="toy:bounce,glide,pulse", size=32, rate=8000, n_mels=64, hop=50, window=256, n_fft=512, patch=4,
-                width=64, depth=1, decoder_depth=2, heads=4, head_dim=16, ff_mult=2, proj_depth=1, proj_mlp=128,
-                blocks=(4, 4, 4), adv=False, disc_width=16, disc_start=350, mdsa_steps=450, mdsa_batch_size=4,
-                mdsa_lr=1e-2, mdsa_betas=(0.9, 0.999), dit_width=128, dit_depth=3, dit_heads=4, dit_rope=True,
-                text_width=64, text_tokens=20, guidance=2.0, cache_latents=2048, steps=1200, batch_size=8, lr=1e-2,
-                optimizer="muon", lr_end=0.05, warmup=20, ema=0.99, val_every=300, val_clips=32, save_every=100,
-                sample_every=1200),
-    "small": dict(size=64, n_mels=64, hop=25, n_fft=512, patch=4, width=128, depth=4, decoder_depth=4, heads=4,
-                  head_dim=32, proj_depth=2, proj_mlp=256, blocks=(4, 4, 4), disc_width=32, disc_start=8000,
-                  mdsa_steps=10000, mdsa_batch_size=16, dit_width=384, dit_depth=6, dit_heads=6, dit_rope=True,
-                  text_width=256, text_tokens=24, cache_latents=20000, steps=20000, lr=3e-4, warmup=200, ema=0.999,
-                  val_every=1000),
-    "paper": {},
+    # Minutes on a laptop.
+    "toy": dict(
+        data="toy:bounce,glide,pulse",
+        size=32,
+        rate=8000,
+        n_mels=64,
+        hop=50,
+        window=256,
+        n_fft=512,
+        patch=4,
+        width=64,
+        depth=1,
+        decoder_depth=2,
+        heads=4,
+        head_dim=16,
+        ff_mult=2,
+        proj_depth=1,
+        proj_mlp=128,
+        blocks=(4, 4, 4),
+        adv=False,
+        disc_width=16,
+        disc_start=350,
+        mdsa_steps=450,
+        mdsa_batch_size=4,
+        mdsa_lr=1e-2,
+        mdsa_betas=(0.9, 0.999),
+        dit_width=128,
+        dit_depth=3,
+        dit_heads=4,
+        dit_rope=True,
+        text_width=64,
+        text_tokens=20,
+        guidance=2.0,
+        cache_latents=2048,
+        steps=1200,
+        batch_size=8,
+        lr=1e-2,
+        lr_end=0.05,
+        warmup=20,
+        optimizer="muon",
+        ema=0.99,
+        eval_every=300,
+        val_clips=32,
+    ),
+    # One GPU, and a data set of one's own.
+    "small": dict(
+        size=64,
+        n_mels=64,
+        n_fft=512,
+        patch=4,
+        width=128,
+        depth=4,
+        decoder_depth=4,
+        heads=4,
+        head_dim=32,
+        proj_depth=2,
+        proj_mlp=256,
+        blocks=(4, 4, 4),
+        disc_width=32,
+        disc_start=8000,
+        mdsa_steps=10000,
+        mdsa_batch_size=16,
+        dit_width=384,
+        dit_depth=6,
+        dit_heads=6,
+        dit_rope=True,
+        text_width=256,
+        text_tokens=24,
+        cache_latents=20000,
+        steps=20000,
+        lr=3e-4,
+        warmup=200,
+        ema=0.999,
+        eval_every=1000,
+    ),
+    # One 80 GB GPU holds 2 clips of stage mdsa, 8 of stage dit: more GPUs need fewer parts.
+    "paper": dict(grad_accum=16),
 }
 
 
+# same as mm_diffusion.py
 def parse(argv=None, base=None):
-    """Command line -> Config: the preset's values, or those of `base`, then the options given. Exits with one line
-    when an option or a value is wrong."""
-    def numbers(text):
-        return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
+    """Command line -> Config: the values of `base`, or of a preset, then the options given.
 
-    def truth(text):
-        return bool(("false", "true").index(text.lower()))
+    Raises data.UserError for an unknown option or a wrong value.
+    """
+
+    def refuse(message):
+        raise data.UserError(f"{message} (--help lists the options).")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: die(f"{Path(__file__).name}: {message} (--help lists the options)")
-    choices = {"preset": PRESETS, "stage": ("all", "mdsa", "dit"), "streams": ("av", "v", "a"), "sampler": SAMPLERS,
-               "kl": ("latent", "pixel", "off"), "optimizer": ("adamw", "muon"), "amp": ("auto", "bf16", "fp16", "off")}
+    parser.error = refuse
     remarks = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in dataclasses.fields(Config):
-        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        kind = {tuple: numbers, bool: truth}.get(f.type, f.type)
-        parser.add_argument("--" + f.name, type=kind, choices=choices.get(f.name), metavar=f.type.__name__,
-                            default=argparse.SUPPRESS, help=f"{remarks[f.name]} [{default}]")
-    given = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(Config):
+        parser.add_argument(
+            f"--{field.name}",
+            type=functools.partial(data.parse_value, field.type),
+            default=argparse.SUPPRESS,
+            help=f"{remarks[field.name]} [{field.default}]".replace("%", "%%"),
+        )
+    given = vars(parser.parse_args(data.pair_words(argv)))
+
+    # Without --preset: the one of the data's name, as toy has, else small.
     source = given.get("data", Config.data).split(":")[0]
-    preset = given.get("preset", source if source in PRESETS else "paper")
-    cfg = Config(**{**(dataclasses.asdict(base) if base else {**PRESETS[preset], "preset": preset}), **given})
-    if wrong := check(cfg):
-        parser.error(wrong)
-    own = PRESETS[preset].get("data", preset)
-    name = preset if given.get("data", own) == own else re.sub(r"\W", "-", f"{preset}-{cfg.data}")
-    cfg.out = cfg.out or f"out/{Path(__file__).stem}/{name}"
+    preset = given.get("preset", source if source in PRESETS else "small")
+    if preset not in PRESETS:
+        refuse(f"There is no --preset {preset}: choose one of {', '.join(PRESETS)}")
+    if base is None:
+        values = {"preset": preset, **PRESETS[preset], **given}
+        if "preset" not in given and RANK == 0:
+            print(f"--preset {preset}, as --data is {source}.")
+    else:
+        values = {**dataclasses.asdict(base), **given}
+    cfg = Config(**values)
+    check(cfg)
+    if not cfg.out:
+        usual = PRESETS[preset].get("data", preset)
+        other = "" if given.get("data", usual) == usual else re.sub(r"\W", "-", f"-{cfg.data}")
+        cfg.out = f"out/{Path(__file__).stem}/{preset}{other}"
     return cfg
 
 
 def check(cfg):
-    """The first thing wrong with a config, as a sentence, or None."""
-    for f in dataclasses.fields(cfg):
-        least = f.name not in ("warmup", "workers", "seed", "refine", "griffin_lim", "disc_start", "cache_latents")
-        if f.type is int and getattr(cfg, f.name) < least:
-            return f"--{f.name} {getattr(cfg, f.name)} is too small"
-    parts, samples = int(os.environ.get("WORLD_SIZE", 1)) * cfg.grad_accum, cfg.rate / cfg.fps
-    side, columns = max(1, cfg.size // cfg.patch), int(samples) // cfg.hop
-    rules = {
-        "--init_from starts one stage: add --stage mdsa or --stage dit": cfg.init_from and cfg.stage == "all",
-        f"--batch_size and --mdsa_batch_size must divide by {parts} (processes x --grad_accum)":
-            cfg.batch_size % parts or cfg.mdsa_batch_size % parts,
-        "--size must be an even number of --patch": cfg.size % (2 * cfg.patch),
-        "--frames, --size, --n_mels and --rate / --fps / --hop must divide by 4":
-            cfg.frames % 4 or cfg.size % 4 or cfg.n_mels % 4 or columns % 4,
-        "--betas and --mdsa_betas need two numbers below 1":
-            any(len(b) != 2 or max(b) >= 1 for b in (cfg.betas, cfg.mdsa_betas)),
-        "--floor must be above 0": cfg.floor <= 0,
-        "--rate / --fps must be a multiple of --hop": samples % cfg.hop,
-        f"--n_mels ({cfg.n_mels}) and --rate / --fps / --hop ({columns}) must divide by --size / --patch ({side})":
-            cfg.n_mels % side or columns % side or not columns,
-        "--window must not exceed --n_fft": cfg.window > cfg.n_fft,
-        f"--blocks needs three numbers that divide {cfg.frames}, {side} and {side}": len(cfg.blocks) != 3 or any(
-            b < 1 or n % b for n, b in zip((cfg.frames, side, side), cfg.blocks, strict=False)),
-        "--width must divide by 8 and, with an even quotient, by --proj_heads":
-            cfg.width % 8 or cfg.width % (2 * cfg.proj_heads),
-        "--head_dim must divide by 4": cfg.head_dim % 4,
-        "--dit_width must divide by 4 and, with an even quotient, by --dit_heads":
-            cfg.dit_width % 4 or cfg.dit_width % (2 * cfg.dit_heads),
-        "--disc_width must divide by 4": cfg.disc_width % 4,
-        "--text_tokens must be 2 or more": cfg.text_tokens < 2,
-        f"--text {cfg.text} is not the folder of a T5, or its words do not have --text_width {cfg.text_width} features":
-            cfg.text != "bytes" and t5_width(cfg.text) != cfg.text_width,
-    }
-    return next((sentence for sentence, wrong in rules.items() if wrong), None)
+    """Raise data.UserError for the first mistake in a config that people make."""
+    may_be_zero = ("warmup", "workers", "seed", "griffin_lim", "disc_start", "cache_latents")
+    for field in dataclasses.fields(cfg):
+        least = 0 if field.name in may_be_zero else 1
+        if field.type is int and getattr(cfg, field.name) < least:
+            raise data.UserError(f"--{field.name} {getattr(cfg, field.name)} is too small.")
+    if cfg.init_from and cfg.stage == "all":
+        raise data.UserError("--init_from starts one stage: add --stage mdsa or --stage dit.")
+    for betas in (cfg.betas, cfg.mdsa_betas):
+        if len(betas) != 2 or max(betas) >= 1:
+            raise data.UserError("--betas and --mdsa_betas need two numbers below 1.")
+    if cfg.floor <= 0:
+        raise data.UserError("--floor must be above 0.")
 
+    # Patches of both streams make one grid, side x side. Its halves are STDiT's patches.
+    side = cfg.size // cfg.patch
+    if side < 2 or cfg.size % (2 * cfg.patch):
+        raise data.UserError("--size must be an even number of --patch.")
+    if cfg.rate % (cfg.fps * cfg.hop):
+        raise data.UserError("--rate / --fps must be a multiple of --hop.")
+    columns = cfg.rate // cfg.fps // cfg.hop
+    if cfg.n_mels % side or columns % side:
+        raise data.UserError(f"--n_mels ({cfg.n_mels}) and --rate / --fps / --hop ({columns}) must "
+                             f"divide by --size / --patch ({side}).")
+    for length in (cfg.frames, cfg.size, cfg.n_mels, columns):
+        if length % 4:  # MTSelfAttention and perceptual() halve twice
+            raise data.UserError("--frames, --size, --n_mels and --rate / --fps / --hop must "
+                                 "divide by 4.")
+    if cfg.window > cfg.n_fft:
+        raise data.UserError("--window must not exceed --n_fft.")
+    if len(cfg.blocks) != 3 or min(cfg.blocks) < 1:
+        raise data.UserError("--blocks needs three numbers of 1 or more.")
+    t, h, w = cfg.blocks
+    if cfg.frames % t or side % h or side % w:
+        raise data.UserError(f"--blocks must divide {cfg.frames}, {side} and {side}.")
 
-# same as mm_diffusion.py
-def die(message):
-    """End with one sentence on stderr, printed once however many processes run."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(5)                # torchrun stops all processes when the first one ends: let rank 0 speak
-    sys.exit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
+    # Rotary positions turn pairs of channels.
+    if cfg.width % 8 or cfg.width % (2 * cfg.proj_heads):
+        raise data.UserError("--width must divide by 8 and by twice --proj_heads.")
+    if cfg.dit_width % 4 or cfg.dit_width % (2 * cfg.dit_heads):
+        raise data.UserError("--dit_width must divide by 4 and by twice --dit_heads.")
+    if cfg.head_dim % 4 or cfg.disc_width % 4:
+        raise data.UserError("--head_dim and --disc_width must divide by 4.")
+    if cfg.text_tokens < 2:
+        raise data.UserError("--text_tokens must be 2 or more.")
+    if cfg.text != "bytes" and t5_width(cfg.text) != cfg.text_width:
+        raise data.UserError(f"--text {cfg.text} is not the folder of a T5 whose words have "
+                             f"--text_width {cfg.text_width} features.")
 
 
 # ---- Audio as video (section 3.1): per frame one image, rows low to high pitch, columns time.
 
+
 class Mel(nn.Module):
-    """Waveform <-> mel images. One STFT over the whole clip, not one per frame: no seams where frames meet."""
+    """Waveform <-> mel images. One STFT over the whole clip, not one per frame: no seams."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.columns = cfg, cfg.rate // cfg.fps // cfg.hop             # columns per frame
-        f = torch.arange(cfg.n_fft // 2 + 1) * cfg.rate / cfg.n_fft              # Hz
-        top = 2595 * math.log10(1 + cfg.rate / 1400)                             # HTK mel of rate / 2
+        self.cfg = cfg
+        self.columns = cfg.rate // cfg.fps // cfg.hop  # of an image, K
+        f = torch.arange(cfg.n_fft // 2 + 1) * cfg.rate / cfg.n_fft  # Hz
+        top = 2595 * math.log10(1 + cfg.rate / 1400)  # HTK mel of rate / 2
         edges = 700 * (10 ** (torch.linspace(0, top, cfg.n_mels + 2) / 2595) - 1)
-        low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-        bank = torch.minimum((f - low) / (mid - low), (high - f) / (high - mid)).clamp(min=0)
-        bank = bank / bank.sum(1, keepdim=True).clamp(min=1e-8)                  # (M, bins), triangles of sum 1
+        low = edges[:-2, None]
+        middle = edges[1:-1, None]
+        high = edges[2:, None]
+        rising = (f - low) / (middle - low)
+        falling = (high - f) / (high - middle)
+        bank = torch.minimum(rising, falling).clamp(min=0)  # (M, bins): triangles
+        bank = bank / bank.sum(1, keepdim=True).clamp(min=1e-8)
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
 
     def stft(self, x):
-        """(B, L) -> (B, bins, L / hop + 1); column k is centered on sample k * hop; a full-scale sine has size 1."""
+        """(B, L) -> (B, bins, L / hop + 1); column k is centered on sample k * hop."""
         cfg = self.cfg
-        spectrum = torch.stft(x.float(), cfg.n_fft, cfg.hop, cfg.window, self.window, return_complex=True)
-        return spectrum / (self.window.sum() / 2)
+        x = torch.stft(x, cfg.n_fft, cfg.hop, cfg.window, self.window, return_complex=True)
+        return x / (cfg.window / 4)  # half the window's sum: a full-scale sine has size 1
+
+    def istft(self, x):
+        """The inverse: (B, bins, L / hop + 1) -> (B, L)."""
+        cfg = self.cfg
+        x = x * (cfg.window / 4)
+        length = cfg.frames * cfg.rate // cfg.fps
+        return torch.istft(x, cfg.n_fft, cfg.hop, cfg.window, self.window, length=length)
 
     def forward(self, audio):
         """(B, 1, L) -> (B, F, 1, M, K) in [-1, 1]: log of the magnitude above a soft floor."""
         with torch.autocast(audio.device.type, enabled=False):
-            m = self.bank @ self.stft(audio[:, 0]).abs()[..., :-1]               # (B, M, F * K)
-        a = torch.log1p(m / self.cfg.floor) / math.log1p(1 / self.cfg.floor)
-        return (2 * a - 1).unflatten(2, (-1, self.columns)).transpose(1, 2)[:, :, None]
+            size = self.stft(audio[:, 0].float()).abs()  # (B, bins, F * K + 1)
+            m = self.bank @ size[..., :-1]  # (B, M, F * K)
+            a = torch.log1p(m / self.cfg.floor) / math.log1p(1 / self.cfg.floor)  # in [0, 1]
+        images = (2 * a - 1).unflatten(2, (-1, self.columns))  # (B, M, F, K)
+        return images.transpose(1, 2)[:, :, None]
 
-    def inverse(self, A):
-        """(B, F, 1, M, K) -> (B, L): bins that explain the bands, then phases by Griffin-Lim (fast, momentum 0.99)."""
-        cfg = self.cfg
-        m = cfg.floor * torch.expm1((A[:, :, 0].transpose(1, 2).flatten(2).clamp(-1, 1) + 1) / 2
-                                    * math.log1p(1 / cfg.floor))                 # (B, M, F * K)
+    def magnitudes(self, images):
+        """Mel images -> the bins (B, bins, L / hop + 1) that explain their bands best."""
+        floor = self.cfg.floor
+        a = images[:, :, 0].float().transpose(1, 2).flatten(2)  # (B, M, F * K)
+        a = (a.clamp(-1, 1) + 1) / 2
+        m = floor * torch.expm1(a * math.log1p(1 / floor))
         m = F.pad(m, (0, 1), mode="replicate")
-        size = (torch.linalg.pinv(self.bank) @ m).clamp(min=1e-6)                # (B, bins, L / hop + 1)
-        for _ in range(100):                         # least squares without negative bins, by Lee and Seung's update
+        size = (torch.linalg.pinv(self.bank) @ m).clamp(min=1e-6)
+        # Least squares without negative bins, by the updates of Lee and Seung.
+        for _ in range(100):
             size = size * (self.bank.T @ m) / (self.bank.T @ (self.bank @ size) + 1e-9)
-        draw, length = torch.Generator().manual_seed(0), cfg.frames * cfg.rate // cfg.fps
+        return size
+
+    def inverse(self, images):
+        """(B, F, 1, M, K) -> (B, L), by Griffin-Lim (fast: momentum 0.99)."""
+        size = self.magnitudes(images)
+        # All clips start from the same phases: what a clip sounds like is its own affair.
+        draw = torch.Generator().manual_seed(0)
         angle = torch.rand(size.shape[1:], generator=draw).to(size.device) * 2 * math.pi
-        phase, before = torch.polar(torch.ones_like(angle), angle), 0
-        scale = self.window.sum() / 2
-
-        def wave(phase):
-            return torch.istft(size * phase * scale, cfg.n_fft, cfg.hop, cfg.window, self.window, length=length)
-
-        for _ in range(cfg.griffin_lim):
-            new = self.stft(wave(phase))
-            phase, before = new - 0.99 / 1.99 * before, new
+        phase = torch.polar(torch.ones_like(angle), angle)
+        before = 0
+        for _ in range(self.cfg.griffin_lim):
+            now = self.stft(self.istft(size * phase))
+            phase = now - 0.99 / 1.99 * before
             phase = phase / (phase.abs() + 1e-12)
-        x = wave(phase)
-        return torch.cat(list(map(self.refined, x.split(1), A.split(1)))) if cfg.refine else x
-
-    @torch.enable_grad()
-    def refined(self, x, A):
-        """Fit a waveform (1, L) itself to its mel images by L-BFGS."""
-        x = x.clone().requires_grad_()
-        lbfgs = torch.optim.LBFGS([x], max_iter=self.cfg.refine, line_search_fn="strong_wolfe")
-
-        def error():
-            lbfgs.zero_grad()
-            loss = 1e3 * (self(x[:, None]) - A).square().mean()
-            loss.backward()
-            return loss
-        lbfgs.step(error)
-        return x.detach()
+            before = now
+        return self.istft(size * phase)
 
 
 def psnr(x, y):
     """10 log10(2^2 / MSE) of clips in [-1, 1], averaged over the batch, in dB."""
-    return (10 * torch.log10(4 / (x.float() - y.float()).square().flatten(1).mean(1).clamp(min=1e-12))).mean()
+    mse = (x.float() - y.float()).square().flatten(1).mean(1).clamp(min=1e-12)  # (B,)
+    return (10 * torch.log10(4 / mse)).mean()
 
 
-# ---- MDSA (section 3.1). Features are channels-last: u (B, F, L, L, D); a plane (B, rows, columns, D).
+# ---- MDSA (section 3.1). Features are channels-last: volumes u (B, F, L, L, D), planes (B, rows,
+# columns, D), tokens (B, N, D). Every residual branch ends in a layer of zeros: it starts as
+# nothing.
 
-PLANES = {"hw": 1, "tw": 2, "th": 3}                 # each with the axis of u (B, t, h, w, D) that it leaves out
+# The planes, each with the axis of u (B, t, h, w, D) that it leaves out.
+PLANES = {"hw": 1, "tw": 2, "th": 3}
 
 
 # same as mm_diffusion.py
 def zeroed(module):
-    """Zero a layer's parameters: its residual branch starts as nothing, and the fresh network outputs 0."""
+    """Zero a layer: its residual branch starts as nothing, and the fresh network outputs 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -337,43 +438,57 @@ def zeroed(module):
 
 # same as mm_diffusion.py
 def attend(q, k, v, heads):
-    """softmax(q k^T / sqrt(d)) v, eq. 8: q (B, N, C), k and v (B, M, C), a head is a run of d channels -> (B, N, C)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, N, C)
+    """softmax(q k^T / sqrt(d)) v (eq. 8), a head being a run of d channels.
+
+    q (B, N, C), k and v (B, M, C) -> (B, N, C).
+    """
+    rows = 32768
+    if len(q) > rows:  # CUDA's fused kernels fail above 65,535
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+        return torch.cat([attend(*part, heads) for part in parts])
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+    k = k.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, M, d)
+    v = v.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, M, d)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
 
 
 def rotate(x, turn):
-    """Rotary position: turn the channel pairs (2i, 2i + 1) of each head of x (B, N, heads, d); turn (2, N, 1, d)."""
-    return x * turn[0] + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * turn[1]
+    """Rotary position: turn the channel pairs (2i, 2i + 1) of every head.
+
+    x (B, N, heads, d); turn (2, N, 1, d): cosines, and sines with the signs of a rotation.
+    """
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * turn[0] + swapped * turn[1]
 
 
 def turning(angles):
-    """Angles (N, d) -> what rotate() needs: (2, N, 1, d), cosines and sines with the signs of a rotation."""
-    signs = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[-1] // 2)
+    """Angles of the channel pairs (N, d / 2) -> what rotate() needs, (2, N, 1, d)."""
+    angles = angles.repeat_interleave(2, -1)  # (N, d)
+    signs = torch.tensor([-1.0, 1.0]).repeat(angles.shape[1] // 2)
     return torch.stack([angles.cos(), angles.sin() * signs])[:, :, None]
 
 
-@functools.lru_cache
-def line(n, dim, device=None, pvdm=False):
-    """Turns of positions 0 ... n - 1 at the frequencies 10000^(-2i / dim). PVDM's code gives the two channels of a pair
-    different ones, which is no rotation: kept for the comparison with it alone."""
-    angles = torch.arange(n, device=device)[:, None] * 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
-    return turning(torch.cat([angles, angles], -1) if pvdm else angles.repeat_interleave(2, -1))
+def line(n, dim):
+    """Turns of the positions 0 ... n - 1, at the frequencies 10000^(-2i / dim)."""
+    freqs = 10000 ** (-torch.arange(0, dim, 2) / dim)
+    return turning(torch.arange(n)[:, None] * freqs)
 
 
-@functools.lru_cache
-def grid(shape, dim, device=None):
-    """Turns of the N places of a grid: each axis has its share of the channel pairs and runs from -pi to pi, times
-    scales from 1 to 5."""
+def grid(shape, dim):
+    """Turns of the N places of a grid; each axis has its share of the channel pairs.
+
+    It runs from -pi to pi, times scales from 1 to 5.
+    """
     count = dim // 2 // len(shape)
-    scales = math.pi * torch.logspace(0, math.log2(5), count, base=2, device=device)
-    axes = torch.meshgrid(*[torch.linspace(-1, 1, n, device=device) for n in shape], indexing="ij")
-    angles = torch.stack([x.flatten()[:, None] * scales for x in axes], 1)       # (N, axes, count)
-    return turning(F.pad(angles.flatten(1).repeat_interleave(2, -1), (0, dim - 2 * count * len(shape))))
+    scales = math.pi * torch.logspace(0, math.log2(5), count, base=2)
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in shape], indexing="ij")
+    angles = torch.cat([x.flatten()[:, None] * scales for x in axes], 1)  # (N, axes * count)
+    return turning(F.pad(angles, (0, dim // 2 - angles.shape[1])))
 
 
 class Attention(nn.Module):
-    """Attention from x (B, N, D) to itself, or to c (B, M, D)."""
+    """Attention from x (B, N, D) to itself, or to c (B, N, D); turn: positions, for rotate()."""
+
     def __init__(self, width, heads, head_dim):
         super().__init__()
         self.heads = heads
@@ -381,494 +496,805 @@ class Attention(nn.Module):
         self.to_out = zeroed(nn.Linear(heads * head_dim, width))
 
     def forward(self, x, turn=None, c=None):
-        if c is None:
-            q, k, v = self.to_qkv(x).chunk(3, dim=-1)                            # (B, N, heads * head_dim) each
-        else:
-            wq, wk, wv = self.to_qkv.weight.chunk(3)
-            q, k, v = F.linear(x, wq), F.linear(c, wk), F.linear(c, wv)
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (B, N, heads * head_dim)
+        if c is not None:
+            w = self.to_qkv.weight.chunk(3)
+            k = F.linear(c, w[1])
+            v = F.linear(c, w[2])
         if turn is not None:
-            q, k = (rotate(y.unflatten(-1, (self.heads, -1)), turn).flatten(2) for y in (q, k))
+            q = rotate(q.unflatten(-1, (self.heads, -1)), turn).flatten(2)
+            k = rotate(k.unflatten(-1, (self.heads, -1)), turn).flatten(2)
         return self.to_out(attend(q, k, v, self.heads))
 
 
 class GEGLU(nn.Module):
+    """Half of the channels, gated by the others."""
+
     def forward(self, x):
         x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
 class PreNorm(nn.Module):
-    """fn(LayerNorm(x), ...), to be added to x: fn ends in a layer of zeros, so that the branch starts as nothing."""
+    """fn(LayerNorm(x), ...), to be added to x."""
+
     def __init__(self, width, fn):
         super().__init__()
-        self.norm, self.fn = nn.LayerNorm(width), fn
+        self.norm = nn.LayerNorm(width)
+        self.fn = fn
 
     def forward(self, x, *more):
         return self.fn(self.norm(x), *more)
 
 
 class TimeSformer(nn.Module):
-    """depth x (attention over time at each place, over space in each frame, gated MLP): (B, F, L, L, D) -> the same."""
-    def __init__(self, width, depth, heads, head_dim, ff_mult, pvdm=False):
+    """Layers of attention over time at each place, over space in each frame, and a gated MLP."""
+
+    def __init__(self, cfg, depth):
         super().__init__()
-        self.head_dim, self.pvdm, inner = head_dim, pvdm, ff_mult * width
-
-        def layer():
-            attention = (PreNorm(width, Attention(width, heads, head_dim)) for _ in range(2))
-            mlp = nn.Sequential(nn.Linear(width, 2 * inner), GEGLU(), zeroed(nn.Linear(inner, width)))
-            return nn.ModuleList([*attention, PreNorm(width, mlp)])
-
-        self.layers = nn.ModuleList(layer() for _ in range(depth))
+        self.cfg = cfg
+        width = cfg.width
+        inner = cfg.ff_mult * width
+        side = cfg.size // cfg.patch
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            over_time = Attention(width, cfg.heads, cfg.head_dim)
+            over_space = Attention(width, cfg.heads, cfg.head_dim)
+            last = zeroed(nn.Linear(inner, width))
+            mlp = nn.Sequential(nn.Linear(width, 2 * inner), GEGLU(), last)
+            parts = [PreNorm(width, part) for part in (over_time, over_space, mlp)]
+            self.layers.append(nn.ModuleList(parts))
+        self.register_buffer("time", line(cfg.frames, cfg.head_dim), persistent=False)
+        self.register_buffer("space", grid((side, side), cfg.head_dim), persistent=False)
 
     def forward(self, x):
-        B, T, L = x.shape[:3]
-        time = line(T, self.head_dim, x.device, self.pvdm)
-        space = grid((L, L), self.head_dim, x.device)
-        x = x.flatten(2, 3)                                                      # (B, F, N, D), N = L * L
-        for over_time, over_space, mlp in self.layers:
-            y = over_time(x.transpose(1, 2).flatten(0, 1), time)                 # (B*N, F, D)
-            x = x + y.unflatten(0, (B, -1)).transpose(1, 2)
-            x = x + over_space(x.flatten(0, 1), space).view_as(x)                # (B*F, N, D)
-            x = x + mlp(x)
-        return x.unflatten(2, (L, L))
+        """(B, F, L, L, D) -> the same."""
+        side = x.shape[2]
+        x = x.flatten(2, 3)  # (B, F, N, D), N = L * L
+        for layer in self.layers:
+            x = recomputed(self.cfg, self.run, layer, x)
+        return x.unflatten(2, (side, side))
+
+    def run(self, layer, x):
+        over_time, over_space, mlp = layer
+        y = over_time(x.transpose(1, 2).flatten(0, 1), self.time)  # (B * N, F, D)
+        x = x + y.unflatten(0, (len(x), -1)).transpose(1, 2)
+        y = over_space(x.flatten(0, 1), self.space)  # (B * F, N, D)
+        x = x + y.view_as(x)
+        return x + mlp(x)
+
+
+def recomputed(cfg, function, *inputs):
+    """function(*inputs). With --checkpoint, backward computes again what is inside."""
+    if cfg.checkpoint and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 class Projection(nn.Module):
-    """Eq. 2: n tokens along one axis and a token of our own (B, n, D) -> that token after a small transformer (B, D).
-    The token starts as the mean of the others. (PVDM starts it anywhere and reads the first of the others.)"""
-    def __init__(self, n, cfg, pvdm=False):
+    """Eq. 2: the n tokens along one axis -> one, a token of our own after a small transformer.
+
+    It starts as their mean. PVDM's code adds one that starts anywhere, but reads its neighbor.
+    """
+
+    def __init__(self, n, cfg):
         super().__init__()
-        d, self.pvdm = cfg.width, pvdm
+        d = cfg.width
+        self.cfg = cfg
         self.token = nn.Parameter(torch.zeros(d))
         self.table = nn.Parameter(torch.cat([torch.randn(n, d) / 2, torch.zeros(1, d)]))
-        self.layers = nn.ModuleList(nn.ModuleList([
-            PreNorm(d, Attention(d, cfg.proj_heads, d // 8)),
-            PreNorm(d, nn.Sequential(nn.Linear(d, cfg.proj_mlp), nn.GELU(), zeroed(nn.Linear(cfg.proj_mlp, d)))),
-        ]) for _ in range(cfg.proj_depth))
+        self.layers = nn.ModuleList()
+        for _ in range(cfg.proj_depth):
+            attention = Attention(d, cfg.proj_heads, d // 8)
+            last = zeroed(nn.Linear(cfg.proj_mlp, d))
+            mlp = nn.Sequential(nn.Linear(d, cfg.proj_mlp), nn.GELU(), last)
+            self.layers.append(nn.ModuleList([PreNorm(d, attention), PreNorm(d, mlp)]))
 
     def forward(self, x):
-        token = self.token + (0 if self.pvdm else x.mean(1, keepdim=True))
-        x = torch.cat([x, token.expand(len(x), 1, -1)], 1) + self.table          # (B, n + 1, D)
-        for attention, mlp in self.layers:
-            x = x + attention(x)
-            x = x + mlp(x)
-        return x[:, 0 if self.pvdm else -1]
+        """(B, n, D) -> (B, D)"""
+        x = torch.cat([x, self.token + x.mean(1, keepdim=True)], 1) + self.table  # (B, n + 1, D)
+        for layer in self.layers:
+            x = recomputed(self.cfg, self.run, layer, x)
+        return x[:, -1]
+
+    def run(self, layer, x):
+        attention, mlp = layer
+        x = x + attention(x)
+        return x + mlp(x)
 
 
 class MTSelfAttention(nn.Module):
-    """Eq. 4, 5: a plane (B, F, S, D) attends over time at 1, 1/2 and 1/4 of its rate; the sum is added to it."""
+    """Eq. 4, 5: a plane attends over time at 1, 1/2 and 1/4 of its rate; their sum is added."""
+
     scales = (1, 2, 4)
-    def __init__(self, width, heads):
+
+    def __init__(self, cfg):
         super().__init__()
-        self.head_dim = width // heads
-        self.attention = nn.ModuleList(PreNorm(width, Attention(width, heads, self.head_dim)) for _ in self.scales)
-        for branch in self.attention:                # here the next layer is the last: two zeros would never learn
-            branch.fn.to_out.reset_parameters()
-        self.up = nn.ModuleList(zeroed(nn.ConvTranspose1d(width, width, k, stride=k)) for k in self.scales)
+        d = cfg.width
+        self.attention = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for k in self.scales:
+            attention = Attention(d, cfg.proj_heads, d // cfg.proj_heads)
+            attention.to_out.reset_parameters()  # zeros here and in `up` would never learn
+            self.attention.append(PreNorm(d, attention))
+            self.up.append(zeroed(nn.ConvTranspose1d(d, d, k, stride=k)))
+        turn = line(cfg.frames, d // cfg.proj_heads)
+        self.register_buffer("turn", turn, persistent=False)
 
     def forward(self, z):
-        x, out = z.transpose(1, 2).flatten(0, 1).mT, 0                           # (B*S, D, F)
+        """(B, F, S, D) -> the same; each of the S columns is on its own."""
+        x = z.transpose(1, 2).flatten(0, 1).mT  # (B * S, D, F)
+        total = 0
         for k, attention, up in zip(self.scales, self.attention, self.up, strict=True):
-            y = F.avg_pool1d(x, k).mT                                            # (B*S, F/k, D)
-            out = out + up(attention(y, line(y.shape[1], self.head_dim, y.device)).mT)
-        return z + out.mT.unflatten(0, (len(z), -1)).transpose(1, 2)
+            y = F.avg_pool1d(x, k).mT  # (B * S, F / k, D)
+            y = attention(y, self.turn[:, : y.shape[1]])
+            total = total + up(y.mT)  # (B * S, D, F)
+        return z + total.mT.unflatten(0, (len(z), -1)).transpose(1, 2)
 
 
 class CrossPair(nn.Module):
-    """Eq. 6 both ways: v + CA(v, a), a + CA(a, v) for tokens (B, N, D), each from the other as it was before."""
-    def __init__(self, width, heads):
-        super().__init__()
-        self.v_norm, self.a_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.v_from_a, self.a_from_v = (Attention(width, heads, width // heads) for _ in range(2))
+    """Eq. 6 both ways: v + CA(v, a) and a + CA(a, v), each from the other as it was before.
 
-    def forward(self, v, a, turn):
-        hv, ha = self.v_norm(v), self.a_norm(a)
-        return v + self.v_from_a(hv, turn, ha), a + self.a_from_v(ha, turn, hv)
+    The tokens (B, N, D) are the N places of a grid of this shape.
+    """
+
+    def __init__(self, cfg, shape):
+        super().__init__()
+        d = cfg.width
+        head_dim = d // cfg.proj_heads
+        self.v_norm = nn.LayerNorm(d)
+        self.a_norm = nn.LayerNorm(d)
+        self.v_from_a = Attention(d, cfg.proj_heads, head_dim)
+        self.a_from_v = Attention(d, cfg.proj_heads, head_dim)
+        self.register_buffer("turn", grid(shape, head_dim), persistent=False)
+
+    def forward(self, v, a):
+        normed_v = self.v_norm(v)
+        normed_a = self.a_norm(a)
+        v = v + self.v_from_a(normed_v, self.turn, normed_a)
+        a = a + self.a_from_v(normed_a, self.turn, normed_v)
+        return v, a
 
 
 class Stream(nn.Module):
-    """One modality: its encoder to three planes, and its decoder. patch: height and width of a patch."""
-    def __init__(self, cfg, channels, patch, pvdm=False):
+    """One modality: its encoder to three planes, and its decoder.
+
+    patch: height and width of a patch. A plane has no time, or is a sequence of F columns.
+    """
+
+    def __init__(self, cfg, channels, patch):
         super().__init__()
-        d, C, self.patch = cfg.width, cfg.plane_channels, patch
-        pixels, side = channels * patch[0] * patch[1], cfg.size // cfg.patch
-        kind = (cfg.heads, cfg.head_dim, cfg.ff_mult, pvdm)
-        lengths = {"hw": cfg.frames, "tw": side, "th": side}
-        self.to_patch = nn.Linear(pixels, d)
-        self.encoder = TimeSformer(d, cfg.depth, *kind)
-        self.project = nn.ModuleDict({k: Projection(n, cfg, pvdm) for k, n in lengths.items()})
-        self.within = nn.ModuleDict({"hw": PreNorm(d, Attention(d, cfg.proj_heads, d // cfg.proj_heads))})
+        d = cfg.width
+        head_dim = d // cfg.proj_heads
+        numbers = channels * patch[0] * patch[1]  # in a patch
+        side = cfg.size // cfg.patch
+        self.patch = patch
+        self.to_patch = nn.Linear(numbers, d)
+        self.encoder = TimeSformer(cfg, cfg.depth)
+        self.project = nn.ModuleDict({
+            "hw": Projection(cfg.frames, cfg),
+            "tw": Projection(side, cfg),
+            "th": Projection(side, cfg),
+        })
+        self.within = nn.ModuleDict({"hw": PreNorm(d, Attention(d, cfg.proj_heads, head_dim))})
         if cfg.mt_attn:
-            self.within.update({k: MTSelfAttention(d, cfg.proj_heads) for k in ("tw", "th")})
-        self.pre = nn.ModuleDict({k: nn.Linear(d, 2 * C) for k in PLANES})       # mean and log-variance, before tanh
-        self.post = nn.ModuleDict({k: nn.Linear(C, d) for k in PLANES})
-        self.decoder = TimeSformer(d, cfg.decoder_depth, *kind)
-        self.to_pixel = nn.Linear(d, pixels)
+            self.within["tw"] = MTSelfAttention(cfg)
+            self.within["th"] = MTSelfAttention(cfg)
+        self.pre = nn.ModuleDict()  # to mean and log-variance, before tanh
+        self.post = nn.ModuleDict()
+        for k in PLANES:
+            self.pre[k] = nn.Linear(d, 2 * cfg.plane_channels)
+            self.post[k] = nn.Linear(cfg.plane_channels, d)
+        self.decoder = TimeSformer(cfg, cfg.decoder_depth)
+        self.to_pixel = nn.Linear(d, numbers)
+        self.register_buffer("space", grid((side, side), head_dim), persistent=False)
 
     def patches(self, x):
         """(B, F, C, H, W) -> (B, F, L, L, p * q * C), channels fastest."""
         p, q = self.patch
-        x = x.unflatten(4, (-1, q)).unflatten(3, (-1, p))                        # (B, F, C, L, p, L, q)
+        x = x.unflatten(4, (-1, q)).unflatten(3, (-1, p))  # (B, F, C, L, p, L, q)
         return x.permute(0, 1, 3, 5, 4, 6, 2).flatten(4)
 
     def pixels(self, x):
         """The inverse of patches()."""
         p, q = self.patch
-        x = x.unflatten(4, (p, q, -1))                                           # (B, F, L, L, p, q, C)
+        x = x.unflatten(4, (p, q, -1))  # (B, F, L, L, p, q, C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
     def planes(self, x):
-        """Pixels -> {plane: (B, rows, columns, D)} (eq. 1, 2)."""
-        u, out = self.encoder(self.to_patch(self.patches(x))), {}
+        """Pixels -> {plane: (B, rows, columns, D)}."""
+        u = self.encoder(self.to_patch(self.patches(x)))  # (B, F, L, L, D), eq. 1
+        planes = {}
         for k, axis in PLANES.items():
-            tokens = u.movedim(axis, 3)                                          # (B, rows, columns, n, D)
-            out[k] = self.project[k](tokens.flatten(0, 2)).view(*tokens.shape[:3], -1)
-        return out
+            tokens = u.movedim(axis, 3)  # (B, rows, columns, n, D)
+            plane = self.project[k](tokens.flatten(0, 2))  # (B * rows * columns, D), eq. 2
+            planes[k] = plane.view(*tokens.shape[:3], -1)
+        return planes
 
     def attend_within(self, planes):
-        """Spatial self-attention of hw; attention over time of tw and th (eq. 4, 5)."""
-        hw, out = planes["hw"], dict(planes)
-        turn = grid(hw.shape[1:3], hw.shape[3] // self.within["hw"].fn.heads, hw.device)
-        out["hw"] = hw + self.within["hw"](hw.flatten(1, 2), turn).view_as(hw)
-        return out | {k: self.within[k](planes[k]) for k in ("tw", "th") if k in self.within}
+        """Self-attention of hw over its places; of tw and th over time (eq. 4, 5)."""
+        hw = planes["hw"]
+        attended = dict(planes)
+        attended["hw"] = hw + self.within["hw"](hw.flatten(1, 2), self.space).view_as(hw)
+        for k in ("tw", "th"):
+            if k in self.within:
+                attended[k] = self.within[k](planes[k])
+        return attended
 
     def expand(self, z):
-        """Eq. 7: planes of C channels -> their sum over the volume (B, F, L, L, D)."""
+        """Eq. 7: planes of C channels -> the sum of their copies in a volume (B, F, L, L, D)."""
         return sum(self.post[k](z[k]).unsqueeze(axis) for k, axis in PLANES.items())
 
-    def render(self, Z):
-        return self.pixels(self.to_pixel(self.decoder(Z)))
+    def render(self, volume):
+        return self.pixels(self.to_pixel(self.decoder(volume)))
 
 
 class MDSA(nn.Module):
-    """The autoencoder. x and z are dicts of the streams at hand: {"v": video, "a": mel images} of (B, F, C, H, W), and
-    {"v": {"hw": (B, L, L, C), "tw": (B, F, L, C), "th": (B, F, L, C)}, "a": ...} in (-1, 1)."""
+    """The autoencoder. Both streams are dicts: {"v": video, "a": mel images} (B, F, C, H, W).
+
+    Their latents are {"v": {"hw": (B, L, L, C), "tw": (B, F, L, C), "th": (B, F, L, C)}, "a": ...},
+    in (-1, 1). One stream alone will do, too.
+    """
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, d, side = cfg, cfg.width, cfg.size // cfg.patch
-        columns = cfg.rate // cfg.fps // cfg.hop
-        kinds = {"v": (3, (cfg.patch, cfg.patch)), "a": (1, (cfg.n_mels // side, columns // side))}
-        self.streams = nn.ModuleDict({k: Stream(cfg, *kind) for k, kind in kinds.items() if k in cfg.streams})
-        both = cfg.streams == "av"
-        self.gcm = nn.ModuleDict({k: CrossPair(d, cfg.proj_heads) for k in PLANES if cfg.gcm_attn and both})
-        self.biblock = CrossPair(d, cfg.proj_heads) if cfg.biblock and both else None
+        self.cfg = cfg
+        side = cfg.size // cfg.patch
+        self.mel = Mel(cfg)
+        self.streams = nn.ModuleDict()
+        if "v" in cfg.streams:
+            self.streams["v"] = Stream(cfg, 3, (cfg.patch, cfg.patch))
+        if "a" in cfg.streams:
+            self.streams["a"] = Stream(cfg, 1, (cfg.n_mels // side, self.mel.columns // side))
+        self.gcm = nn.ModuleDict()
+        if cfg.gcm_attn and cfg.streams == "av":
+            self.gcm["hw"] = CrossPair(cfg, (side, side))
+            self.gcm["tw"] = CrossPair(cfg, (cfg.frames, side))
+            self.gcm["th"] = CrossPair(cfg, (cfg.frames, side))
+        self.biblock = None
+        if cfg.biblock and cfg.streams == "av":
+            self.biblock = CrossPair(cfg, cfg.blocks)
+
+    def inputs(self, video=None, audio=None):
+        """Video (B, F, 3, H, W), waveform (B, 1, L) -> the streams at hand that are modeled."""
+        x = {}
+        if "v" in self.streams and video is not None:
+            x["v"] = video
+        if "a" in self.streams and audio is not None:
+            x["a"] = self.mel(audio)  # (B, F, 1, M, K)
+        return x
 
     def encode(self, x):
         """-> {stream: {plane: (mean, log-variance), each (B, rows, columns, C), before tanh}}"""
-        planes = {k: self.streams[k].attend_within(self.streams[k].planes(x[k])) for k in x}
-        for k, pair in self.gcm.items() if len(x) == 2 else ():
-            v, a = planes["v"][k], planes["a"][k]
-            turn = grid(v.shape[1:3], v.shape[3] // self.cfg.proj_heads, v.device)
-            out = pair(v.flatten(1, 2), a.flatten(1, 2), turn)
-            planes["v"][k], planes["a"][k] = (y.view_as(v) for y in out)
-        return {m: {k: self.streams[m].pre[k](y).chunk(2, -1) for k, y in p.items()} for m, p in planes.items()}
+        planes = {}
+        for m in x:
+            apart = self.streams[m].planes(x[m])  # eq. 1, 2
+            planes[m] = self.streams[m].attend_within(apart)  # eq. 4, 5
+        if len(x) == 2:
+            for k, pair in self.gcm.items():  # eq. 6
+                shape = planes["v"][k].shape
+                v, a = pair(planes["v"][k].flatten(1, 2), planes["a"][k].flatten(1, 2))
+                planes["v"][k] = v.view(shape)
+                planes["a"][k] = a.view(shape)
+        codes = {}
+        for m in x:
+            pre = self.streams[m].pre
+            codes[m] = {k: pre[k](plane).chunk(2, -1) for k, plane in planes[m].items()}
+        return codes
 
     def decode(self, z):
-        Z = {m: self.streams[m].expand(planes) for m, planes in z.items()}       # (B, F, L, L, D)
-        if self.biblock is not None and len(Z) == 2:
-            turn = grid(self.cfg.blocks, self.cfg.width // self.cfg.proj_heads, Z["v"].device)
-            out = self.biblock(*(self.cut(Z[m]) for m in "va"), turn)
-            Z = {m: self.cut(y, Z[m].shape) for m, y in zip("va", out, strict=True)}
-        return {m: self.streams[m].render(Y) for m, Y in Z.items()}
+        """Latents -> the streams of pixels."""
+        volumes = {m: self.streams[m].expand(z[m]) for m in z}  # (B, F, L, L, D) each, eq. 7
+        if self.biblock is not None and len(z) == 2:  # eq. 8
+            v, a = self.biblock(self.cut(volumes["v"]), self.cut(volumes["a"]))
+            volumes = {"v": self.join(v), "a": self.join(a)}
+        return {m: self.streams[m].render(volume) for m, volume in volumes.items()}
 
-    def cut(self, x, whole=None):
-        """(B, F, L, L, D) -> its blocks (B * count, bt * bh * bw, D); with the whole's shape: back."""
-        bt, bh, bw = self.cfg.blocks
-        if whole is None:
-            x = x.unflatten(3, (-1, bw)).unflatten(2, (-1, bh)).unflatten(1, (-1, bt))   # (B, T, bt, Y, bh, X, bw, D)
-            return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(0, 3)
-        B, T, L, _, D = whole
-        x = x.view(B, T // bt, L // bh, L // bw, bt, bh, bw, D)
-        return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(whole)
+    def cut(self, x):
+        """A volume (B, F, L, L, D) -> its blocks (B * blocks, t * h * w, D)."""
+        t, h, w = self.cfg.blocks
+        x = x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)  # from (B, T, t, Y, h, X, w, D)
+        return x.flatten(4, 6).flatten(0, 3)
 
-    def forward(self, x, noise=False):
-        """x -> reconstruction, latents z = tanh(mean) or, with noise, tanh(mean + deviation * eps); KL to N(0, 1)."""
-        codes, z, kl = self.encode(x), {}, {}
+    def join(self, x):
+        """The inverse of cut()."""
+        t, h, w = self.cfg.blocks
+        side = self.cfg.size // self.cfg.patch
+        x = x.view(-1, self.cfg.frames // t, side // h, side // w, t, h, w, x.shape[-1])
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B, T, t, Y, h, X, w, D)
+        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+    def forward(self, x, eps=None):
+        """x -> reconstructions, latents, and {stream: KL of its latents to N(0, 1), before tanh}.
+
+        z = tanh(mean) or, with noise eps of the latents' shapes, tanh(mean + deviation * eps).
+        """
+        codes = self.encode(x)
+        z = {}
+        kl = {}
         for m, planes in codes.items():
-            z[m] = {k: torch.tanh(mu + (0.5 * logvar).exp() * torch.randn_like(mu) if noise else mu)
-                    for k, (mu, logvar) in planes.items()}
-            kl[m] = sum((mu ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean() / 2
-                        for mu, logvar in planes.values())
+            z[m] = {}
+            kl[m] = 0
+            for k, (mean, logvar) in planes.items():
+                kl_of_each = (mean**2 + logvar.exp() - 1 - logvar) / 2  # (B, rows, columns, C)
+                kl[m] = kl[m] + kl_of_each.flatten(1).sum(1).mean()
+                if eps is not None:
+                    mean = mean + (0.5 * logvar).exp() * eps[m][k]
+                z[m][k] = torch.tanh(mean)
         return self.decode(z), z, kl
 
 
+# ---- The start of MDSA: the best linear code of some clips. Trained from random weights for
+# minutes instead, small autoencoders ended below a constant color. In float64, on the CPU.
+
+
+def pca(parts):
+    """The principal axes of rows, which come in parts (n, P).
+
+    -> mean (P,); variances along the axes (P,), largest first; axes (P, P), in columns.
+    """
+    count = 0
+    total = 0
+    squares = 0
+    for x in parts:
+        count += len(x)
+        total = total + x.sum(0)
+        squares = squares + x.T @ x
+    mean = total / count
+    variances, axes = torch.linalg.eigh(squares / count - mean[:, None] * mean)
+    return mean, variances.flip(0), axes.flip(1)
+
+
+def least_squares(pairs):
+    """The linear map from x to y with the least squared error, from parts (x (n, I), y (n, O)).
+
+    -> weights (I, O) and bias (O,). A small ridge keeps them finite where x has no variance.
+    """
+    count = 0
+    xx = 0
+    xy = 0
+    for x, y in pairs:
+        x = F.pad(x, (0, 1), value=1.0)  # the last column's weight is the bias
+        count += len(x)
+        xx = xx + x.T @ x
+        xy = xy + x.T @ y
+    ridge = 1e-4 * count * torch.eye(len(xx), dtype=xx.dtype)
+    solution = torch.linalg.solve(xx + ridge, xy)  # (I + 1, O)
+    return solution[:-1], solution[-1]
+
+
 @torch.no_grad()
-def start_closed_form(mdsa, x):
-    """Set the linear layers of a fresh MDSA, whose residual branches are all zero, to the best linear code of the clips
-    x: principal directions of patches, then of patches averaged along each axis, and least squares back. Trained from
-    random weights for minutes instead, small autoencoders ended below a constant color."""
-    mdsa.double()                                    # so that two runs start from the same bits
-    x = {m: y.double() for m, y in x.items()}
-    for m, stream in mdsa.streams.items():
-        p = stream.patches(x[m]).flatten(0, 3)                                   # (n, P)
-        mean = p.mean(0)
-        values, axes = torch.linalg.eigh((p - mean).T @ (p - mean) / len(p))
-        n = min(len(values), mdsa.cfg.width)
-        values, axes = values.flip(0)[:n].clamp(min=1e-3 * values[-1]), axes.flip(1)[:, :n]      # (n,), (P, n)
-        for p in (stream.to_patch.weight, stream.to_pixel.weight):
-            nn.init.normal_(p, std=1e-3)
-        stream.to_patch.weight[:n] = (axes / values.sqrt()).T
-        stream.to_patch.bias.zero_()[:n] = -(axes / values.sqrt()).T @ mean
-        stream.to_pixel.weight[:, :n] = axes * values.sqrt()
-        stream.to_pixel.bias.copy_(mean)
-        u, z, C = stream.to_patch(stream.patches(x[m])), {}, mdsa.cfg.plane_channels
-        for k, axis in PLANES.items():
-            plane = u.mean(axis)                                                 # (B, rows, columns, D)
-            y = stream.to_pixel(plane).flatten(0, 2)                             # (n, P): distances as in pixels
-            values, axes = torch.linalg.eigh((y - y.mean(0)).T @ (y - y.mean(0)) / len(y))
-            rows = axes.flip(1)[:, :C].T / values.flip(0)[:C, None].clamp(min=1e-8).sqrt() * 0.6     # (C, P)
-            nn.init.zeros_(stream.pre[k].weight)
-            stream.pre[k].weight[:len(rows)] = rows @ stream.to_pixel.weight
-            stream.pre[k].bias.zero_()[C:] = -4                                  # log-variance: a deviation of 0.14
-            stream.pre[k].bias[:len(rows)] = rows @ (stream.to_pixel.bias - y.mean(0))
-            z[k] = torch.tanh(stream.pre[k](plane)[..., :C]).unsqueeze(axis).expand(*u.shape[:4], -1)
-        Z = torch.cat([*z.values(), torch.ones_like(u[..., :1])], -1).flatten(0, 3)              # (n, 3 C + 1)
-        fit = torch.linalg.lstsq(Z.T @ Z + 1e-4 * len(Z) * torch.eye(Z.shape[1], dtype=Z.dtype),
-                                 Z.T @ u.flatten(0, 3)).solution                 # (3 C + 1, D)
-        for i, k in enumerate(PLANES):
-            stream.post[k].weight.copy_(fit[i * C:(i + 1) * C].T)
-            stream.post[k].bias.copy_(fit[-1] / 3)
-    mdsa.float()
+def start_closed_form(stream, clips):
+    """Make a fresh Stream the best linear autoencoder of the clips, a list of (B, F, C, H, W).
+
+    That is what it is while its residual branches are zero: patches -> features -> planes, which
+    are means along an axis -> features -> patches. One clip is held in float64 at a time.
+    """
+    stream.double()
+    C = stream.post["hw"].in_features
+    mean, variances, axes = pca(stream.patches(x.double()).flatten(0, 3) for x in clips)
+
+    # The first features are the principal components of patches, scaled to a deviation of 1.
+    n = min(len(mean), stream.to_patch.out_features)
+    axes = axes[:, :n]  # (P, n)
+    deviations = variances[:n].clamp(min=1e-3 * variances[0]).sqrt()
+    nn.init.normal_(stream.to_patch.weight, std=1e-3)
+    nn.init.normal_(stream.to_pixel.weight, std=1e-3)
+    nn.init.zeros_(stream.to_patch.bias)
+    stream.to_patch.weight[:n] = (axes / deviations).T
+    stream.to_patch.bias[:n] = -(axes / deviations).T @ mean
+    stream.to_pixel.weight[:, :n] = axes * deviations
+    stream.to_pixel.bias.copy_(mean)
+
+    def embedded():
+        for x in clips:
+            yield stream.to_patch(stream.patches(x.double()))  # (B, F, L, L, D)
+
+    # A plane's channels are those of its features, which weigh as much as they do in pixels.
+    for k, axis in PLANES.items():
+        pixels = (stream.to_pixel(u.mean(axis)).flatten(0, 2) for u in embedded())
+        mean, variances, axes = pca(pixels)
+        deviations = variances.clamp(min=1e-8).sqrt()
+        rows = 0.6 * (axes / deviations).T[:C]  # (C, P); 0.6: most of them where tanh is steep
+        nn.init.zeros_(stream.pre[k].weight)
+        nn.init.zeros_(stream.pre[k].bias)
+        stream.pre[k].weight[: len(rows)] = rows @ stream.to_pixel.weight
+        stream.pre[k].bias[: len(rows)] = rows @ (stream.to_pixel.bias - mean)
+        stream.pre[k].bias[C:] = -4  # log-variance: a deviation of 0.14
+
+    def pairs():
+        for u in embedded():
+            z = []
+            for k, axis in PLANES.items():
+                code = torch.tanh(stream.pre[k](u.mean(axis))[..., :C])  # (B, rows, columns, C)
+                z.append(code.unsqueeze(axis).expand(*u.shape[:4], C))
+            yield torch.cat(z, -1).flatten(0, 3), u.flatten(0, 3)
+
+    weights, bias = least_squares(pairs())  # (3 C, D), (D,)
+    for k, w in zip(PLANES, weights.split(C), strict=True):
+        stream.post[k].weight.copy_(w.T)
+        stream.post[k].bias.copy_(bias / 3)
+    stream.float()
 
 
 # ---- The losses of MDSA (eq. 10-12)
 
+NAMES = {"v": "video", "a": "audio"}
+
+
 class PatchDiscriminator(nn.Module):
-    """PatchGAN over images (dims = 2) or clips (3): x -> the outputs of its layers, the last being the logits."""
+    """PatchGAN over images (dims = 2) or clips (3): x -> outputs of its layers, last the logits."""
+
     def __init__(self, dims, channels, width):
         super().__init__()
-        conv, widths = (nn.Conv2d, nn.Conv3d)[dims - 2], [channels, width, 2 * width, 4 * width, 8 * width, 1]
-        self.layers = nn.ModuleList(
-            nn.Sequential(conv(i, o, 4, 2 if n < 3 else 1, 2),
-                          nn.GroupNorm(min(8, o), o) if 0 < n < 4 else nn.Identity(),
-                          nn.LeakyReLU(0.2) if n < 4 else nn.Identity())
-            for n, (i, o) in enumerate(zip(widths, widths[1:])))  # noqa: B905
-        for module in self.modules():
-            if isinstance(module, conv):
-                nn.init.normal_(module.weight, std=0.02)
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        widths = [channels, width, 2 * width, 4 * width, 8 * width, 1]
+        self.layers = nn.ModuleList()
+        for i in range(5):
+            stride = 2 if i < 3 else 1
+            layer = nn.Sequential(conv(widths[i], widths[i + 1], 4, stride, 2))
+            nn.init.normal_(layer[0].weight, std=0.02)
+            if 0 < i < 4:
+                layer.append(nn.GroupNorm(min(8, widths[i + 1]), widths[i + 1]))
+            if i < 4:
+                layer.append(nn.LeakyReLU(0.2))
+            self.layers.append(layer)
 
     def forward(self, x):
-        out = []
+        outputs = []
         for layer in self.layers:
             x = layer(x)
-            out.append(x)
-        return out
+            outputs.append(x)
+        return outputs
 
 
 def perceptual(x, y):
-    """How different images (N, C, H, W) look; put LPIPS here if you have its weights. This stands in for it: the L1
-    distance of three levels of their Laplacian pyramids."""
-    total, d = 0, x - y                              # the pyramid is linear: that of the difference will do
+    """How different images (N, C, H, W) look; put LPIPS here if you have its weights.
+
+    This stands in for it: the L1 distance of three levels of their Laplacian pyramids.
+    """
+    d = x - y  # the pyramid is linear: that of the difference will do
+    distance = 0
     for _ in range(2):
         low = F.avg_pool2d(d, 2)
-        total, d = total + (d - F.interpolate(low, scale_factor=2.0)).abs().mean(), low
-    return total + d.abs().mean()
+        distance = distance + (d - F.interpolate(low, scale_factor=2.0)).abs().mean()
+        d = low
+    return distance + d.abs().mean()
+
+
+def adversarial(critic, real, fake):
+    """Hinge losses of both players and feature matching, with PVDM's weights 1 and 4.
+
+    One backward serves both: what the critic learns moves its weights alone, what the autoencoder
+    learns moves the fake alone.
+    """
+    *features, r = critic(real)
+    *_, f = critic(fake.detach())
+    loss = 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())
+    frozen = {name: p.detach() for name, p in critic.named_parameters()}
+    *imitated, f = torch.func.functional_call(critic, frozen, (fake,))
+    loss = loss - f.mean()
+    for goal, y in zip(features, imitated, strict=True):
+        loss = loss + 4 * (y - goal.detach()).abs().mean()
+    return loss
 
 
 class Autoencoding(nn.Module):
-    """What stage one trains: the MDSA and, with cfg.adv, the discriminators of images and of clips of each stream."""
+    """What stage mdsa trains: the MDSA and, with --adv, each stream's critics."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.mdsa, self.mel = cfg, MDSA(cfg), Mel(cfg)
-        channels = {"v": 3, "a": 1}
-        self.critics = nn.ModuleDict({m: nn.ModuleList(PatchDiscriminator(d, channels[m], cfg.disc_width)
-                                                       for d in (2, 3)) for m in cfg.streams if cfg.adv})
+        self.cfg = cfg
+        self.mdsa = MDSA(cfg)
+        self.critics = nn.ModuleDict()  # of each stream: one of images, one of clips
+        if cfg.adv:
+            for m in cfg.streams:
+                channels = 3 if m == "v" else 1
+                critics = [PatchDiscriminator(dims, channels, cfg.disc_width) for dims in (2, 3)]
+                self.critics[m] = nn.ModuleList(critics)
+        self.edges = names_like(self, "to_patch|to_pixel|table|critics")
 
-    def streams(self, video, audio):
-        """What the MDSA takes: video (B, F, 3, H, W) and waveform (B, 1, L), either None -> {"v": ..., "a": ...}"""
-        x = {"v": video, "a": None if audio is None else self.mel(audio)}
-        return {m: y for m, y in x.items() if m in self.cfg.streams and y is not None}
+    def draw(self, keys, device):
+        """What is random in the second phase; each clip's follows from its own key.
 
-    def forward(self, video, audio, second):
-        """-> loss (eq. 10), {name: part}; second: past the threshold of eq. 12."""
-        cfg, x, total, parts = self.cfg, self.streams(video, audio), 0, {}
-        out, _, kl = self.mdsa(x, noise=second and cfg.kl == "latent")
-        for m, name in (("v", "video"), ("a", "audio")):
-            if m not in x:
-                continue
-            real, fake = x[m], out[m].float()
-            l1 = (real - fake).abs().mean()
-            loss = 4 * l1 + 4 * perceptual(real.flatten(0, 1), fake.flatten(0, 1))
-            if second and cfg.kl == "latent":
+        -> the frame of each clip (B,) that the critic of images sees, and noise for the latents.
+        """
+        cfg = self.cfg
+        side = cfg.size // cfg.patch
+        shape = (len(cfg.streams), side + 2 * cfg.frames, side, cfg.plane_channels)
+        generator = torch.Generator(device)
+        frames = []
+        noise = []
+        for key in keys.tolist():
+            generator.manual_seed(key)
+            frames.append(torch.randint(cfg.frames, (), generator=generator, device=device))
+            noise.append(torch.randn(shape, generator=generator, device=device))
+        noise = torch.stack(noise)  # (B, streams, rows of the three planes, L, C)
+        eps = {}
+        for i, m in enumerate(cfg.streams):
+            rows = noise[:, i].split((side, cfg.frames, cfg.frames), 1)
+            eps[m] = dict(zip(PLANES, rows, strict=True))
+        return torch.stack(frames), eps
+
+    def forward(self, x, second=False, frame=None, eps=None):
+        """-> loss (eq. 10), {stream: its reconstruction error}.
+
+        second: past the threshold of eq. 12, with frame and eps of draw().
+        """
+        kind = self.cfg.kl if second else "off"
+        out, _, kl = self.mdsa(x, eps if kind == "latent" else None)
+        total = 0
+        parts = {}
+        for m, real in x.items():
+            fake = out[m].float()
+            look = perceptual(real.flatten(0, 1), fake.flatten(0, 1))
+            loss = 4 * (real - fake).abs().mean() + 4 * look
+            parts[NAMES[m]] = 0.5 * loss.detach()
+            if kind == "latent":
                 loss = loss + 6e-6 * kl[m]
-            if second and cfg.kl == "pixel":         # eq. 11 to the letter: as distributions over the clip's pixels
-                p, q = (y.flatten(1).log_softmax(1) for y in (real, fake))
+            if kind == "pixel":
+                # Eq. 11 to the letter, over the clip's pixels: 1e-3 or so, times 6e-6. Table 5
+                # misses that, so the KL of the latents is the default.
+                p = real.flatten(1).log_softmax(1)
+                q = fake.flatten(1).log_softmax(1)
                 loss = loss + 6e-6 * F.kl_div(p, q, reduction="batchmean", log_target=True)
-            if m in self.critics:
-                gan, critic = self.adversarial(m, real, fake) if second else (0, 0)
-                zero = sum(p.sum() for p in self.critics[m].parameters()) * 0    # DDP wants to see every parameter
-                loss = loss + gan + critic + zero
-            total, parts[name] = total + 0.5 * loss, l1.detach()
+            if self.cfg.adv and second:
+                of_images, of_clips = self.critics[m]
+                clips = torch.arange(len(real), device=real.device)
+                loss = loss + adversarial(of_images, real[clips, frame], fake[clips, frame])
+                loss = loss + adversarial(of_clips, real.transpose(1, 2), fake.transpose(1, 2))
+            elif self.cfg.adv:
+                # DDP wants every parameter to have a gradient in every step.
+                loss = loss + 0 * sum(p.sum() for p in self.critics[m].parameters())
+            total = total + 0.5 * loss
         return total, parts
 
-    def adversarial(self, m, real, fake):
-        """-> (loss of the autoencoder, loss of the critics): hinge and feature matching (PVDM's weights, 1 and 4). One
-        backward serves both: the critics' weights get no gradient from the former, the clips none from the latter."""
-        gan = critic = 0
-        frame = int(torch.randint(real.shape[1], ()))
-        views = (lambda x: x[:, frame]), (lambda x: x.transpose(1, 2))           # (B, C, H, W), (B, C, F, H, W)
-        for net, view in zip(self.critics[m], views, strict=True):
-            *_, r = net(view(real))
-            *_, f = net(view(fake.detach()))
-            critic = critic + 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())
-            frozen = {k: p.detach() for k, p in net.named_parameters()}
-            *deep, logits = torch.func.functional_call(net, frozen, (view(fake),))
-            with torch.no_grad():
-                *goal, _ = net(view(real))
-            gan = gan - logits.mean() + 4 * sum((a - b).abs().mean() for a, b in zip(deep, goal, strict=True))
-        return gan, critic
+
+def names_like(model, pattern):
+    """The names of a model's parameters in which the pattern occurs."""
+    return tuple(name for name, _ in model.named_parameters() if re.search(pattern, name))
 
 
-# ---- The generator: STDiT of Open-Sora 1.2 (section 3.2) over the planes as frames; a block has that code's names.
+# ---- The generator: STDiT of Open-Sora 1.2 (section 3.2); a block has that code's names. Its film
+# (B, T, S, D) has the planes for frames, each with S tokens of 2 x 2 numbers.
+
 
 class SelfAttention(nn.Module):
-    """(N, n, D) -> (N, n, D); queries and keys are normed per head, then turned. mask (N, 1, 1, n): keys that count."""
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, d = heads, width // heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm, self.k_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+    """(N, n, D) -> (N, n, D); queries and keys are normed per head, then turned.
 
-    def forward(self, x, turn=None, mask=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)       # (N, n, heads, d) each
-        q, k = self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                         # (N, heads, n, d)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).flatten(2))
+    mask (N, 1, 1, n): keys that count.
+    """
 
-
-class CrossAttention(nn.Module):
-    """(B, N, D) from the words y (B, M, D), of which mask (B, M) tells the real ones -> (B, N, D)."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_linear, self.kv_linear = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x, turn=None, mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (N, n, heads, d)
+        q = self.q_norm(q.float()).to(v)
+        k = self.k_norm(k.float()).to(v)
+        if turn is not None:
+            q = rotate(q, turn)
+            k = rotate(k, turn)
+        x = attend_where(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.proj(x)
+
+
+class CrossAttention(nn.Module):
+    """(B, N, D) from the words y (B, M, D), of which mask (B, M) tells the real ones."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, y, mask=None):
-        q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, N, d)
-        k, v = self.kv_linear(y).unflatten(-1, (2, self.heads, -1)).transpose(1, 3).unbind(2)    # (B, heads, M, d)
-        mask = None if mask is None else mask[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        q = self.q_linear(x).unflatten(-1, (self.heads, -1))  # (B, N, heads, d)
+        k, v = self.kv_linear(y).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, M, heads, d)
+        if mask is not None:
+            mask = mask[:, None, None]
+        x = attend_where(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.proj(x)
+
+
+def attend_where(q, k, v, mask):
+    """Attention of q (N, heads, n, d) to the keys that mask (N, 1, 1, m) tells -> (N, n, D)."""
+    rows = 32768
+    if len(q) > rows:  # CUDA's fused kernels fail above 65,535
+        masks = [None] * len(q.split(rows)) if mask is None else mask.split(rows)
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), masks, strict=True)
+        return torch.cat([attend_where(*part) for part in parts])
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return x.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
+    """Two layers, tanh-GELU between them."""
+
     def __init__(self, i, hidden, o):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(i, hidden), nn.Linear(hidden, o)
+        self.fc1 = nn.Linear(i, hidden)
+        self.fc2 = nn.Linear(hidden, o)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class STDiT3Block(nn.Module):
-    """Attention inside each frame (spatial) or along time at each place (temporal), to the text, MLP; two of the three
-    modulated and gated by the time embedding (adaLN-single)."""
+    """Attention inside each frame (spatial) or along time at each place (temporal); to the text;
+    MLP. The first and the last are modulated and gated by the time embedding (adaLN-single)."""
+
     def __init__(self, width, heads, temporal=False):
         super().__init__()
-        self.temporal, self.head_dim = temporal, width // heads
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width ** 0.5)
-        self.attn, self.cross_attn = SelfAttention(width, heads), CrossAttention(width, heads)
+        self.temporal = temporal
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.attn = SelfAttention(width, heads)
+        self.cross_attn = CrossAttention(width, heads)
         self.mlp = Mlp(width, 4 * width, width)
 
-    def forward(self, x, y, t6, y_mask=None, valid=None, turn=None):
-        """x (B, T, S, D); y (B, M, D) with y_mask (B, M); t6 (B, 1 or T, 6 * D); valid (T, S): tokens that exist; turn:
-        rotary positions of the S places, for a spatial block."""
-        table = self.scale_shift_table + t6.unflatten(-1, (6, -1))               # (B, 1 or T, 6, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = table[:, :, :, None].unbind(2)    # (B, 1 or T, 1, D) each
+    def forward(self, x, y, t6, y_mask=None, mask=None, turn=None):
+        """x (B, T, S, D); words y (B, M, D) with y_mask (B, M); t6 (B, 1 or T, 6 * D).
+
+        mask (N, 1, 1, n), turn (2, n, 1, d): tokens that exist, and rotary positions, of the n = S
+        places (spatial) or n = T frames (temporal).
+        """
+        table = self.scale_shift_table + t6.unflatten(-1, (6, -1))  # (B, 1 or T, 6, D)
+        rows = table[:, :, :, None].unbind(2)  # (B, 1 or T, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows
         h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
         if self.temporal:
-            h, turn = h.transpose(1, 2), line(x.shape[1], self.head_dim, x.device)               # (B, S, T, D)
-            valid = None if valid is None else valid.T
-        mask = None if valid is None else valid.repeat(len(x), 1)[:, None, None]
+            h = h.transpose(1, 2)  # (B, S, T, D)
         h = self.attn(h.flatten(0, 1), turn, mask).view(h.shape)
-        x = x + gate1 * (h.transpose(1, 2) if self.temporal else h)
+        if self.temporal:
+            h = h.transpose(1, 2)
+        x = x + gate1 * h
         x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view(x.shape)
-        return x + gate2 * self.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
+        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(h)
 
 
 # same as mm_diffusion.py
 def time_embedding(t, dim):
     """Sinusoids of the diffusion step, cosines first: (B,) -> (B, dim)."""
-    freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, device=t.device))
-    angles = t.float()[:, None] * freqs
+    half = torch.arange(dim // 2, device=t.device)
+    freqs = torch.exp(-math.log(10000) / (dim // 2) * half)
+    angles = t.float()[:, None] * freqs  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def place_embedding(rows, columns, dim, device=None):
+def place_embedding(rows, columns, dim):
     """Fixed sinusoids (rows * columns, dim): half of the channels tell the column, half the row."""
-    freqs = 10000 ** (-torch.arange(dim // 4, device=device) * 4 / dim)
-    half = [torch.cat([a.sin(), a.cos()], -1) for a in (torch.arange(n, device=device)[:, None] * freqs
-                                                         for n in (rows, columns))]
-    return torch.cat([half[1].repeat(rows, 1), half[0].repeat_interleave(columns, 0)], -1)
+    freqs = 10000 ** (-torch.arange(dim // 4) * 4 / dim)
+    row = torch.arange(rows)[:, None] * freqs  # (rows, dim / 4)
+    column = torch.arange(columns)[:, None] * freqs
+    row = torch.cat([row.sin(), row.cos()], -1).repeat_interleave(columns, 0)
+    column = torch.cat([column.sin(), column.cos()], -1).repeat(rows, 1)
+    return torch.cat([column, row], -1)
 
 
 class STDiT(nn.Module):
-    """Velocity of the stacked planes: (B, P, R, L, C), time (B,) in [0, 1], text (B, M, W) -> (B, P, R, L, C).
-    valid (P, R): rows that hold data; the others neither are attended to nor count."""
+    """Velocity of the stacked planes. valid (P, R): rows of the P planes that hold data.
+
+    The others neither are attended to nor count.
+    """
+
     def __init__(self, cfg, valid):
         super().__init__()
-        D, heads, values = cfg.dit_width, cfg.dit_heads, 4 * cfg.plane_channels
-        self.cfg, self.padded = cfg, cfg.size // cfg.patch != cfg.frames
-
-        def mlp(i):
-            return nn.Sequential(nn.Linear(i, D), nn.SiLU(), nn.Linear(D, D))
-
-        self.register_buffer("valid", valid[:, ::2], persistent=False)           # (P, R / 2)
-        self.x_embedder, self.y_proj = nn.Linear(values, D), Mlp(cfg.text_width, D, D)
-        self.t_embedder, self.fps_embedder = mlp(256), mlp(256)
+        self.cfg = cfg
+        D = cfg.dit_width
+        heads = cfg.dit_heads
+        values = 4 * cfg.plane_channels  # of a token: 2 x 2 numbers in each channel
+        planes = len(valid)
+        rows = valid.shape[1] // 2
+        columns = cfg.size // cfg.patch // 2
+        self.x_embedder = nn.Linear(values, D)
+        self.y_proj = Mlp(cfg.text_width, D, D)
+        self.t_embedder = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.fps_embedder = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.spatial_blocks = nn.ModuleList(STDiT3Block(D, heads) for _ in range(cfg.dit_depth))
-        self.temporal_blocks = nn.ModuleList(STDiT3Block(D, heads, temporal=True) for _ in range(cfg.dit_depth))
-        self.final_table, self.final_linear = nn.Parameter(torch.randn(2, D) / D ** 0.5), nn.Linear(D, values)
+        self.spatial_blocks = nn.ModuleList()
+        self.temporal_blocks = nn.ModuleList()
+        for _ in range(cfg.dit_depth):
+            self.spatial_blocks.append(STDiT3Block(D, heads))
+            self.temporal_blocks.append(STDiT3Block(D, heads, temporal=True))
+        self.final_table = nn.Parameter(torch.randn(2, D) / D**0.5)
+        self.final_linear = nn.Linear(D, values)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        for block in self.temporal_blocks:           # they start as nothing, as in Open-Sora; so does the velocity
+        # Temporal blocks start as nothing, as in Open-Sora; and so does the velocity.
+        for block in self.temporal_blocks:
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_linear.weight)
-        self.plane_embedding = nn.Parameter(torch.randn(len(valid), 1, D) * 0.02)    # unlike frames, each is special
+        # Ours: unlike frames, each plane is special.
+        self.plane_embedding = nn.Parameter(torch.randn(planes, 1, D) * 0.02)
 
-    def forward(self, x, t, text, mask):
-        rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4)        # (B, P, R/2, L/2, 2, 2, C)
-        x = self.x_embedder(x.flatten(4).flatten(2, 3))                          # (B, P, S, D)
-        x = x + place_embedding(rows, columns, x.shape[-1], x.device) + self.plane_embedding
+        # Tables: where tokens are, and which exist (None: all).
+        mask = None
+        if not valid.all():
+            mask = valid[:, ::2].repeat_interleave(columns, 1)  # (P, S)
+        self.register_buffer("mask", mask, persistent=False)
+        places = place_embedding(rows, columns, D)  # (S, D)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("plane_turn", line(planes, D // heads), persistent=False)
+        space = grid((rows, columns), D // heads) if cfg.dit_rope else None
+        self.register_buffer("space_turn", space, persistent=False)
+
+    def forward(self, x, t, text, text_mask):
+        """Planes (B, P, R, L, C), time (B,) in [0, 1], words (B, M, W) -> (B, P, R, L, C)."""
+        rows = x.shape[2] // 2
+        columns = x.shape[3] // 2
+        x = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # (B, P, rows, 2, columns, 2, C)
+        x = x.transpose(3, 4).flatten(4).flatten(2, 3)  # (B, P, S, 4 * C), S = rows * columns
+        x = self.x_embedder(x) + self.places + self.plane_embedding  # (B, P, S, D)
+        fps = torch.full((1,), self.cfg.fps, device=x.device)
         t = self.t_embedder(time_embedding(1000 * t, 256))
-        t = t + self.fps_embedder(time_embedding(torch.full((1,), self.cfg.fps, device=x.device), 256))      # (B, D)
-        t6, y = self.t_block(t)[:, None], self.y_proj(text)
-        valid = self.valid.repeat_interleave(columns, 1) if self.padded else None                # (P, S)
-        turn = grid((rows, columns), x.shape[-1] // self.cfg.dit_heads, x.device) if self.cfg.dit_rope else None
+        t = t + self.fps_embedder(time_embedding(fps, 256))  # (B, D)
+        t6 = self.t_block(t)[:, None]  # (B, 1, 6 * D)
+        y = self.y_proj(text)  # (B, M, D)
+        spatial_mask = None
+        temporal_mask = None
+        if self.mask is not None:
+            spatial_mask = self.mask.repeat(len(x), 1)[:, None, None]  # (B * P, 1, 1, S)
+            temporal_mask = self.mask.T.repeat(len(x), 1)[:, None, None]  # (B * S, 1, 1, P)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = temporal(spatial(x, y, t6, mask, valid, turn), y, t6, mask, valid)
-        shift, scale = (self.final_table + t[:, None])[:, :, None, None].unbind(1)               # (B, 1, 1, D)
+            inputs = (y, t6, text_mask, spatial_mask, self.space_turn)
+            x = recomputed(self.cfg, spatial, x, *inputs)
+            inputs = (y, t6, text_mask, temporal_mask, self.plane_turn)
+            x = recomputed(self.cfg, temporal, x, *inputs)
+        shift, scale = (self.final_table + t[:, None])[:, :, None, None].unbind(1)  # (B, 1, 1, D)
         x = self.final_linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-        x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, columns))             # (B, P, R/2, L/2, 2, 2, C)
-        return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, columns))
+        return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # from (B, P, rows, columns, 2, 2, C)
 
 
-# ---- Text
+# ---- Text. The loader's workers turn captions into numbers; the model, or a T5, reads those.
 
-LETTERS = 12                                         # of a word; the rest is not read
+LETTERS = 12  # of a word; the rest is not read
 
 
-def spell(captions, n):
-    """Captions -> (B, n, LETTERS) numbers of (place, byte), 0 for none; the first "word", 1, opens every caption."""
-    ids = torch.zeros(len(captions), n, LETTERS, dtype=torch.long)
-    ids[:, 0, 0] = 1
-    for i, caption in enumerate(captions):
-        for j, word in enumerate(re.findall(r"\w+", caption.lower())[:n - 1], 1):
-            letters = [2 + 256 * k + byte for k, byte in enumerate(word.encode()[:LETTERS])]
-            ids[i, j, :len(letters)] = torch.tensor(letters)
+def spell(caption, cfg):
+    """A caption as numbers, 0 for none: (M, LETTERS) of (place, byte), or (M,) tokens of the T5.
+
+    The empty caption stands for none: it has one word, which opens every caption (T5: ends it).
+    """
+    n = cfg.text_tokens
+    if cfg.text != "bytes":
+        tokenizer = t5(cfg.text, "tokenizer")
+        return np.array(tokenizer(caption, padding="max_length", max_length=n, truncation=True)
+                        ["input_ids"])
+    ids = np.zeros((n, LETTERS), np.int64)
+    ids[0, 0] = 1
+    for i, word in enumerate(re.findall(r"\w+", caption.lower())[: n - 1], 1):
+        for place, byte in enumerate(word.encode()[:LETTERS]):
+            ids[i, place] = 2 + 256 * place + byte
     return ids
 
 
+@torch.no_grad()
+def read(words, cfg):
+    """What spell() wrote, in a batch -> what ProAV takes, and the mask (B, M) of its words."""
+    if cfg.text == "bytes":
+        return words, words.any(-1)  # (B, M, LETTERS)
+    mask = words > 0
+    return t5(cfg.text, "encoder", words.device)(words, mask).last_hidden_state.float(), mask
+
+
 class ByteText(nn.Module):
-    """A small text encoder: a word is the sum of its letters in their places. (B, M, LETTERS) -> (B, M, W)."""
+    """A small text encoder: a word is the sum of its letters in their places.
+
+    (B, M, LETTERS) -> (B, M, W)
+    """
+
     def __init__(self, cfg):
         super().__init__()
         self.letters = nn.Embedding(2 + 256 * LETTERS, cfg.text_width, padding_idx=0)
@@ -879,96 +1305,132 @@ class ByteText(nn.Module):
 
 
 def t5_width(folder):
+    """Features of a word of the T5 in a folder; None if there is none."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text()).get("d_model") if path.is_file() else None
 
 
 @functools.lru_cache
-def t5(folder, device):
+def t5(folder, part, device="cpu"):
+    """The tokenizer or the encoder of a T5. Raises data.UserError where it cannot be loaded."""
     try:
-        from transformers import AutoTokenizer, T5EncoderModel
-        return (AutoTokenizer.from_pretrained(folder, local_files_only=True),
-                T5EncoderModel.from_pretrained(folder, local_files_only=True).to(device).eval())
+        import transformers
+        if part == "tokenizer":
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        encoder = transformers.T5EncoderModel.from_pretrained(folder, local_files_only=True)
+        return encoder.to(device).eval()
     except (ImportError, OSError) as error:
-        raise data.UserError(f"--text {folder} needs `pip install transformers` and a folder with a T5 encoder "
-                             f"({type(error).__name__}).") from None
-
-
-@torch.no_grad()
-def read(captions, cfg, device):
-    """Captions -> what STDiT's text encoder takes: numbers (B, M, LETTERS), or features (B, M, W) of a T5; and the mask
-    (B, M) of the words there are. The empty caption stands for none: it has one word, its opening (T5: its end)."""
-    if cfg.text == "bytes":
-        ids = spell(captions, cfg.text_tokens).to(device)
-        return ids, ids.any(-1)
-    tokenizer, encoder = t5(cfg.text, device)
-    tokens = tokenizer(captions, padding="max_length", max_length=cfg.text_tokens, truncation=True, return_tensors="pt")
-    mask = tokens["attention_mask"].to(device)
-    return encoder(tokens["input_ids"].to(device), mask).last_hidden_state.float(), mask.bool()
+        raise data.UserError(f"--text {folder} needs `pip install transformers` and a folder with "
+                             f"a T5 encoder ({type(error).__name__}).") from None
 
 
 def vary(caption, label, key):
-    """What the clip is called this time: nothing, for guidance (1 of 10); "a video of <label>", as in the paper (3 of
-    10); or its caption, half the time short of some words, so that short prompts are nothing new."""
+    """What the clip is called this time, so that short prompts are nothing new.
+
+    Nothing, for guidance (1 of 10); "a video of <label>", as in the paper (3 of 10); or its
+    caption, half the time short of some words.
+    """
     rng = np.random.default_rng(key)
-    kind, words, keep = rng.random(), re.sub("^a video( of)?", "", caption).split(), rng.uniform(0.3, 1)
+    kind = rng.random()
+    share = rng.uniform(0.3, 1)  # of the words to keep
     if kind < 0.1:
         return ""
     if kind < 0.4:
-        return f"a video of {label}".removesuffix(" of unlabeled")
-    words = [w for w, x in zip(words, rng.random(len(words)), strict=True) if kind < 0.7 or x < keep]
-    return " ".join(["a video of", *words] if words and rng.random() < 0.5 else words or ["a video"])
+        return "a video" if label == "unlabeled" else f"a video of {label}"
+    words = re.sub("^a video( of)?", "", caption).split()
+    if kind >= 0.7:
+        words = [word for word in words if rng.random() < share]
+    if not words:
+        return "a video"
+    opening = ["a video of"] if rng.random() < 0.5 else []
+    return " ".join(opening + words)
+
+
+class Captioned(torch.utils.data.Dataset):
+    """A data set whose clips also have `words`, their captions as spell() writes them.
+
+    varied: as vary() calls the clip, which follows from its number.
+    """
+
+    def __init__(self, dataset, cfg, varied=False):
+        self.dataset = dataset
+        self.cfg = cfg
+        self.varied = varied
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        clip = dict(self.dataset[i])
+        caption = clip["caption"]
+        if self.varied:
+            label = self.dataset.labels[clip["label"]]
+            caption = vary(caption, label, data.clip_key(self.cfg.seed, i))
+        clip["words"] = spell(caption, self.cfg)
+        return clip
 
 
 # ---- The whole model, and reflected flow matching on its planes
 
+
 class ProAV(nn.Module):
     """MDSA (frozen), text encoder and STDiT; called, it gives the velocity of stacked planes."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.mdsa, self.mel = cfg, MDSA(cfg).requires_grad_(False), Mel(cfg)
-        side = cfg.size // cfg.patch
-        rows = [side if k == "hw" else cfg.frames for _ in cfg.streams for k in PLANES]
-        valid = torch.arange(max(rows)) < torch.tensor(rows)[:, None]            # (P, R)
-        self.register_buffer("valid", valid[None, :, :, None, None], persistent=False)
+        self.cfg = cfg
+        self.mdsa = MDSA(cfg).requires_grad_(False)
         self.text = ByteText(cfg) if cfg.text == "bytes" else nn.Identity()
+        side = cfg.size // cfg.patch
+        self.rows = {"hw": side, "tw": cfg.frames, "th": cfg.frames}
+        counts = torch.tensor(list(self.rows.values()) * len(cfg.streams))  # (P,)
+        valid = torch.arange(max(self.rows.values())) < counts[:, None]  # (P, R)
+        self.register_buffer("valid", valid[None, :, :, None, None], persistent=False)
+        self.shape = (*valid.shape, side, cfg.plane_channels)  # (P, R, L, C)
         self.dit = STDiT(cfg, valid)
+        self.edges = names_like(self, "mdsa|text|embed|table|final")
 
-    def forward(self, x, t, words, mask):
-        return self.dit(x, t, self.text(words), mask) * self.valid
+    def forward(self, x, t, text, mask):
+        """Planes (B, P, R, L, C), time (B,), text and mask of read() -> (B, P, R, L, C)."""
+        return self.dit(x, t, self.text(text), mask) * self.valid
 
     @torch.no_grad()
     def encode(self, x):
-        """{stream: pixels} -> stacked planes (B, P, R, L, C), eq. 9: padded with 0 to one size; a stream that is not
-        given is left 0."""
-        codes, rows = self.mdsa.encode(x), self.valid.shape[2]
-        some = next(iter(codes.values()))["tw"][0]
-        blank = {k: (some.new_zeros(len(some), 1, *some.shape[2:]),) for k in PLANES}
-        planes = [torch.tanh(codes.get(m, blank)[k][0]) for m in self.cfg.streams for k in PLANES]
-        return torch.stack([F.pad(z, (0, 0, 0, 0, 0, rows - z.shape[1])) for z in planes], 1)
+        """Streams of pixels -> {"z_v": (B, 3, R, L, C), "z_a": ...}, padded with 0 to one size."""
+        latents = {}
+        for m, planes in self.mdsa.encode(x).items():
+            padded = []
+            for mean, _ in planes.values():
+                missing = self.shape[1] - mean.shape[1]
+                padded.append(F.pad(torch.tanh(mean), (0, 0, 0, 0, 0, missing)))
+            latents[f"z_{m}"] = torch.stack(padded, 1)
+        return latents
 
     @torch.no_grad()
-    def decode(self, x):
-        """Stacked planes -> video (B, F, 3, H, W) and waveform (B, L), None for a stream that is not modeled."""
-        rows = self.valid[0, :, :, 0, 0].sum(1).tolist()
-        planes = iter([x[:, i, :n] for i, n in enumerate(rows)])
-        out = self.mdsa.decode({m: {k: next(planes) for k in PLANES} for m in self.cfg.streams})
-        return out.get("v"), self.mel.inverse(out["a"].float()) if "a" in out else None
-
-    streams = Autoencoding.streams
+    def decode(self, z):
+        """Stacked planes (B, P, R, L, C) -> streams of pixels."""
+        planes = {}
+        for i, m in enumerate(self.cfg.streams):
+            planes[m] = {}
+            for j, (k, n) in enumerate(self.rows.items()):
+                planes[m][k] = z[:, 3 * i + j, :n]
+        return self.mdsa.decode(planes)
 
 
 def truncated_normal(shape, draw):
-    """A standard normal kept to [-1, 1], by its inverse distribution function: the prior of reflected flow matching."""
-    low = 0.5 * (1 + math.erf(-(0.5 ** 0.5)))
+    """A standard normal kept to [-1, 1]: the prior of reflected flow matching."""
+    low = 0.5 * (1 + math.erf(-(0.5**0.5)))  # the share of a normal below -1
     u = torch.rand(shape, generator=draw, device=draw.device)
-    return (2 ** 0.5 * torch.erfinv((1 - 2 * low) * (2 * u - 1))).clamp(-1, 1)
+    # Its inverse distribution function, of low ... 1 - low.
+    return (2**0.5 * torch.erfinv((1 - 2 * low) * (2 * u - 1))).clamp(-1, 1)
 
 
 def reflect(y):
-    """Fold any point back into [-1, 1], as a ball between walls (a triangle wave) -> point, number of walls hit."""
+    """Fold any point back into [-1, 1], as a ball between walls -> point, number of walls hit."""
     r = (y + 1) % 4
-    return torch.where(r > 2, 4 - r, r) - 1, ((y + 1) / 2).floor().abs()
+    folded = torch.where(r > 2, 4 - r, r) - 1
+    walls = ((y + 1) / 2).floor().abs()
+    return folded, walls
 
 
 def euler(velocity, x, steps):
@@ -978,566 +1440,672 @@ def euler(velocity, x, steps):
     return x
 
 
-def heun(velocity, x, steps):
-    """Reflected Heun, two calls a step. Where the trial point bounced an odd number of times, the velocity there points
-    the other way in the unfolded world in which the step is taken. (The code of Xie et al. does not turn it.)"""
-    for i in range(0, steps, 2):
-        h, t = min(2, steps - i) / steps, i / steps
-        v = velocity(t, x)
-        if i + 1 < steps:
-            trial, walls = reflect(x + h * v)
-            v = (v + velocity(t + h, trial) * (1 - 2 * (walls % 2))) / 2
-        x, _ = reflect(x + h * v)
-    return x
-
-
-SAMPLERS = {"euler": euler, "heun": heun}
-
-
 class ReflectedFlow:
-    """x_t = (1 - t) x_0 + t x_1 from the prior x_0 to data x_1; the network learns x_1 - x_0. A straight line in a cube
-    meets no wall, so reflection enters only the prior and the sampler (Xie et al. 2024)."""
+    """x_t = (1 - t) x_0 + t x_1, from the prior x_0 to data x_1; the network learns x_1 - x_0.
+
+    A straight line in a cube meets no wall, so reflection enters only the prior and the sampler
+    (Xie et al. 2024).
+    """
+
     def __init__(self, model):
-        self.model, self.cfg = model, model.cfg
+        self.model = model
+        self.cfg = model.cfg
 
-    def loss(self, net, batch):
-        """-> the velocity's squared error, mean over what is valid, summed over the streams; {stream: its part}.
-        batch: latents (B, P, R, L, C) in place of the audio, or video and audio; caption, label, key; u (B,): times."""
-        cfg, device, x1 = self.cfg, batch["video"].device, batch["audio"][:, 0]
-        if x1.dim() < 5:
-            x1 = self.model.encode(self.model.streams(batch["video"], batch["audio"]))
-        draw, t, x0 = torch.Generator(device), [], []
-        for key in batch["key"].tolist():            # each clip's own: the same however clips are dealt to processes
-            draw.manual_seed(key)
-            t.append(torch.rand((), generator=draw, device=device))
-            x0.append(truncated_normal(x1.shape[1:], draw))
-        valid, t, x0 = self.model.valid, batch.get("u", torch.stack(t)), torch.stack(x0)
-        x0, at = x0 * valid, t.view(-1, 1, 1, 1, 1)
-        v = net((1 - at) * x0 + at * x1, t, *read(batch["caption"], cfg, device))
-        error = (v.float() - (x1 - x0)).square() * valid                         # (B, P, R, L, C)
-        weight = 1 / (valid.expand_as(x1[:1]).flatten(2).sum(2)[0].view(len(cfg.streams), -1).sum(1))
-        error = error.flatten(2).sum(2).mean(0).view(len(cfg.streams), -1).sum(1) * weight       # (streams,)
-        names = {"v": "video", "a": "audio"}
-        return error.sum(), {names[m]: e.detach() for m, e in zip(cfg.streams, error, strict=True)}
+    def loss(self, net, batch, t=None):
+        """-> the velocity's squared error, mean over what is valid, summed over streams; {stream}.
 
-    @torch.no_grad()
-    def sample(self, captions, negative, guidance, steps, sampler, draws, given=None, device="cpu"):
-        """Stacked planes (B, P, R, L, C) from the captions, by classifier-free guidance v_n + w (v_c - v_n). given:
-        such planes of a stream at hand, the other's being 0; they are led along their straight line, not by the network
-        (ours: the paper has no conditional task)."""
-        model, B, cfg = self.model, len(captions), self.cfg
-        shape = (model.valid.shape[1], model.valid.shape[2], cfg.size // cfg.patch, cfg.plane_channels)
-        x0 = torch.stack([truncated_normal(shape, g) for g in draws]).to(device) * model.valid
-        led = None if given is None else given.abs().amax((0, 2, 3, 4)).view(1, -1, 1, 1, 1) > 0
-        words, mask = read(captions + [negative] * B, cfg, device)
-        twice = guidance != 1 and captions != [negative] * B
+        batch: latents z_v, z_a (B, 3, R, L, C), words, key. t (B,): times to use, else drawn.
+        """
+        x1 = torch.cat([batch[f"z_{m}"] for m in self.cfg.streams], 1)  # (B, P, R, L, C), eq. 9
+        x0, drawn = self.draw(batch["key"], x1.device)
+        t = drawn if t is None else t
+        at = t.view(-1, 1, 1, 1, 1)
+        text, mask = read(batch["words"], self.cfg)
+        v = net((1 - at) * x0 + at * x1, t, text, mask)
+        error = (v.float() - (x1 - x0)).square()  # 0 where there is padding
+
+        padded = self.model.valid.float().mean()  # the share of numbers that are none
+        parts = {}
+        for m, e in zip(self.cfg.streams, error.split(3, 1), strict=True):
+            parts[NAMES[m]] = e.mean() / padded
+        return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+    def loss_of_clips(self, net, batch, t=None):
+        """The same of a batch of clips, which are encoded on the way."""
+        x = self.model.mdsa.inputs(batch["video"], batch["audio"])
+        return self.loss(net, {**batch, **self.model.encode(x)}, t)
+
+    def draw(self, keys, device):
+        """x_0 (B, P, R, L, C) and times (B,), each clip's from its own key."""
+        generator = torch.Generator(device)
+        t = []
+        x0 = []
+        for key in keys.tolist():
+            generator.manual_seed(key)
+            t.append(torch.rand((), generator=generator, device=device))
+            x0.append(truncated_normal(self.model.shape, generator))
+        return torch.stack(x0) * self.model.valid, torch.stack(t)
+
+    def sample(self, x0, words, negative, guidance, steps, given):
+        """Stacked planes from x_0 (B, P, R, L, C), by classifier-free guidance v_n + w (v_c - v_n).
+
+        words (B, M, ...) and those of the negative prompt, the same for all clips. given: z_v or
+        z_a of a stream at hand; it is led along its straight line, not by the network (ours: the
+        paper has no conditional task).
+        """
+        copies = 1 if guidance == 1 else 2
+        if copies == 2:
+            words = torch.cat([words, negative.expand_as(words)])
+        text, mask = read(words, self.cfg)
 
         def velocity(t, x):
-            n = 2 * B if twice else B
-            v = model(x.repeat(n // B, 1, 1, 1, 1), torch.full((n,), t, device=device), words[:n], mask[:n])
-            v = v[B:] + guidance * (v[:B] - v[B:]) if twice else v
-            return v if led is None else torch.where(led, given - x0, v)
+            times = torch.full((len(words),), t, device=x.device)
+            v = self.model(x.repeat(copies, 1, 1, 1, 1), times, text, mask).float()
+            if copies == 2:
+                v_c, v_n = v.chunk(2)
+                v = v_n + guidance * (v_c - v_n)
+            for i, m in enumerate(self.cfg.streams):
+                if f"z_{m}" in given:
+                    planes = slice(3 * i, 3 * i + 3)
+                    v[:, planes] = given[f"z_{m}"] - x0[:, planes]
+            return v
 
-        return SAMPLERS[sampler](velocity, x0, steps)
+        return euler(velocity, x0, steps)
 
 
 # ---- Training
 
+# Of --amp. bf16 has the range of float32; fp16 has not, and needs the GradScaler in fit().
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
 # same as mm_diffusion.py
 def setup(cfg):
-    """Pick the device and, where it is left open, the precision; under torchrun, join the process group -> device.
-    Raises data.UserError when there is no such device."""
+    """Choose the device and, under torchrun, meet the other processes -> device.
+
+    Raises data.UserError where there is no such device.
+    """
     name = cfg.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=name)
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError):
-        raise data.UserError(f"There is no --device {cfg.device} here; try auto, cpu, cuda, cuda:1 or mps.") from None
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if cfg.amp == "auto":
-        cfg.amp = "off" if not name.startswith("cuda") else "fp16"
-        if name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
-            cfg.amp = "bf16"
-    return torch.device(name)
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # no such name, no such card, no such build of torch
+        raise data.UserError(f"There is no --device {cfg.device} here: try auto or cpu.") from None
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+
+    if WORLD > 1:
+        backend = "nccl" if on_cuda else "gloo"
+        bound = device if on_cuda else None
+        # Hours, as the other processes wait while the first one makes samples.
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=bound)
+    return device
 
 
 # same as mm_diffusion.py
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint's dict, or a bare state dict. Raises data.UserError when it is missing or not readable."""
-    if not Path(path).is_file():
-        raise data.UserError(f"There is no checkpoint {path}.")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                       # torch raises half a dozen kinds for damaged or foreign files
-        raise data.UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from error
-    if not isinstance(state, dict):
-        raise data.UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
-    if not state.get("cfg", {}).keys() <= vars(Config()).keys():
-        raise data.UserError(f"{path} is of another model, with other options than {Path(__file__).name} has.")
-    return state
-
-
-# same as mm_diffusion.py
-def fill(model, state, path):
-    """Load a state dict strictly, of any float type. Raises data.UserError naming what does not fit."""
-    own = {k: p.shape for k, p in model.state_dict().items()}
-    wrong = [k for k in {**own, **state} if k not in own or own[k] != getattr(state.get(k), "shape", None)]
-    if wrong:
-        raise data.UserError(f"The weights in {path} are not for this network: {len(wrong)} names or shapes differ "
-                             f"({wrong[0]}, for one). Give the options that they were trained with.")
-    model.load_state_dict(state)
-
-
-# same as mm_diffusion.py
-class Muon(torch.optim.AdamW):
-    """AdamW, except that a convolution or linear layer, as a matrix (out, in * kernel), moves along its gradient's
-    running mean made orthogonal: all its directions are learned at one pace (Jordan et al. 2024)."""
-    @torch.no_grad()
-    def step(self, closure=None):
-        keep = 1 - getattr(self, "found_inf", 0)     # set by GradScaler: 0 drops the step
-        group, shapes = self.param_groups[0], {}
-        for p in group["params"]:
-            if p.grad is not None and p.dim() > 1 and min(p.flatten(1).shape) > 3:
-                shapes.setdefault(p.flatten(1).shape, []).append(p)
-        for shape, ps in shapes.items():
-            for p in ps:
-                if not self.state[p]:
-                    self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-                self.state[p]["exp_avg"].lerp_(p.grad.nan_to_num(0, 0, 0), 0.05 * keep)
-            x = torch.stack([p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in ps])    # (N, out, in)
-            x = orthogonal(x.mT).mT if shape[0] > shape[1] else orthogonal(x)
-            for p, update in zip(ps, x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-                # 0.2 sqrt(max) gives it the size of AdamW's steps, so that one learning rate serves both.
-                p.sub_(0.2 * max(shape) ** 0.5 * group["lr"] * keep * update.view_as(p).nan_to_num())
-                p.grad = None
-        return super().step(closure)
+def precision(cfg, device):
+    """The type in which to multiply, in training as in sampling: what --amp says."""
+    # TF32 multiplies float32 with 10 bits of mantissa, several times as fast.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if cfg.amp != "auto":
+        return DTYPES[cfg.amp]
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 # same as mm_diffusion.py
 def orthogonal(x):
-    """Matrices (N, rows, columns), rows <= columns -> singular values near 1, by five Newton-Schulz steps."""
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    """The matrix with x's singular vectors and all values near 1, by five Newton-Schulz steps."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    # No singular value s is above 1 now; each pass maps it to 3.44 s - 4.78 s^3 + 2.03 s^5.
+    x = x / (x.norm() + 1e-12)
     for _ in range(5):
-        A = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
-    return x
-
-
-# Options that may change when a run goes on; any other would make it another run.
-FREE = {"preset", "out", "stage", "steps", "mdsa_steps", "amp", "compile", "device", "workers", "grad_accum",
-        "need_good", "griffin_lim", "refine", "init_from", "log_every", "val_every", "val_clips", "save_every",
-        "sample_every", "samples", "guidance", "sampler", "sample_steps"}
-# Of both stages: stage dit may have others than the finished stage mdsa it builds on.
-SHARED = {"lr_end", "warmup", "optimizer", "weight_decay", "clip", "ema", "seed"}
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.T if tall else x
 
 
 # same as mm_diffusion.py
-def save(path, step, cfg, model, ema, optimizer, scaler):
-    """Write beside the old checkpoint, then rename: an interrupted save loses nothing."""
-    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "cfg": dataclasses.asdict(cfg)}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal: a matrix learns in all directions alike (Jordan et al. 2024)."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                # Nesterov momentum of 0.95: the running mean, and one more step of it ahead.
+                state["momentum"].lerp_(p.grad, 0.05)
+                nesterov = p.grad.lerp(state["momentum"], 0.95)
+                update = orthogonal(nesterov.flatten(1))  # (out, in * kernel)
+                size = 0.2 * max(update.shape) ** 0.5  # as large as AdamW's: one lr serves both
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * size)
 
 
 # same as mm_diffusion.py
-def resume(path, cfg, model, ema, optimizer, scaler):
-    """Restore a run from its checkpoint -> the step to go on from, 0 where there is none. Raises data.UserError for
-    a file that is no run's checkpoint, or that of a run with other settings."""
-    if not path.exists():
-        return 0
-    state = read_checkpoint(path, next(model.parameters()).device)
-    if "optimizer" not in state:
-        raise data.UserError(f"{path} is no checkpoint of a run: move it away, or choose another --out.")
-    for k, new in dataclasses.asdict(cfg).items():
-        if k not in FREE and state["cfg"].get(k) != new:
-            raise data.UserError(f"{path} is of a run with --{k} {state['cfg'].get(k)}, not {new}: "
-                                 "choose another --out, or move it away.")
-    fill(model, state["model"], path)
-    fill(ema, state["ema"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and state["cfg"]["amp"] == cfg.amp:
-        scaler.load_state_dict(state["scaler"])
-    return state["step"]
+def build_optimizers(model, cfg):
+    """AdamW; or, with --optimizer muon, Muon for hidden weight matrices and AdamW for the rest.
 
-
-# same as mm_diffusion.py
-def validate(model, loss_fn, batches, autocast, device):
-    """Mean loss, by part and by quartile of noise level, on fixed clips and noise: each clip once per quartile."""
-    row, seen, total = {}, 0, sum(len(b["key"]) for b in batches)
-    with torch.no_grad():
-        for batch in batches:
-            batch, B = data.to_device(batch, device), len(batch["key"])
-            spread = (seen + torch.arange(B, device=device) + 0.5) / total               # (B,) in (0, 1)
-            seen += B
-            for quartile in range(4):
-                with autocast():
-                    _, parts = loss_fn(model, {**batch, "u": (quartile + spread) / 4})
-                loss = float(sum(parts.values()))
-                for k, x in {"val": loss / 4, **{f"val_{k}": float(x) / 4 for k, x in parts.items()},
-                             f"q{quartile + 1}": loss}.items():
-                    row[k] = row.get(k, 0) + x * B / total
-    return row
-
-
-# same as mm_diffusion.py
-def write_samples(out, step, video, audio, cfg):
-    """Every sampled clip as mp4 with sound (wav without video) and as film strip, in the run's folder."""
-    for i in range(len(audio if video is None else video)):
-        v, a = (None if x is None else x[i] for x in (video, audio))
-        path = out / "samples" / f"step{step:06d}_{i}"
-        data.save_clip(f"{path}.wav" if v is None else f"{path}.mp4", v, a, cfg.fps, cfg.rate)
-        data.film_strip(f"{path}.png", v, a, cfg.fps, cfg.rate)
-
-
-# same as mm_diffusion.py
-def write_row(path, row):
-    """Append to log.csv. Its first row is a validation's and tells the names of the loss's parts."""
-    with open(path, "a+") as f:
-        f.seek(0)
-        if not (columns := f.readline().strip().split(","))[0]:
-            parts = [k[4:] for k in row if k.startswith("val_")]
-            columns = ["step", "loss", *parts, "grad", "lr", "clips_per_s", "skipped", *list(row)[1:]]
-            f.write(",".join(columns) + "\n")
-        f.write(",".join(f"{row[k]:.6g}" if k in row else "" for k in columns) + "\n")
+    model.edges, a tuple of first parts of parameter names, tells what is not hidden: embeddings,
+    position tables, input and output layers.
+    """
+    hidden = []
+    others = []
+    for name, p in model.named_parameters():
+        if cfg.optimizer == "muon" and p.dim() > 1 and not name.startswith(model.edges):
+            hidden.append(p)
+        elif p.requires_grad:
+            others.append(p)
+    adamw = torch.optim.AdamW(others, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+    optimizers = {"adamw": adamw}
+    if hidden:
+        optimizers["muon"] = Muon(hidden, cfg.lr, cfg.weight_decay)
+    return optimizers
 
 
 # same as mm_diffusion.py
 def learning_rate(cfg, step):
     """Linear warm-up, times a linear fall from lr to lr * lr_end."""
-    return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)) * (1 + (cfg.lr_end - 1) * step / cfg.steps)
+    warmup = min(1, (step + 1) / max(cfg.warmup, 1))
+    return cfg.lr * warmup * (1 + (cfg.lr_end - 1) * step / cfg.steps)
+
+
+# same as mm_diffusion.py
+@torch.no_grad()
+def validate(model, loss_fn, batches, autocast, device):
+    """Means over fixed clips, each at one fixed noise level in every quarter of [0, 1)."""
+    sums = 0
+    for batch in batches:
+        batch = data.to_device(batch, device)
+        rows = []
+        for quarter in range(4):
+            t = (quarter + batch["spread"]) / 4  # (B,)
+            with autocast:
+                _, parts = loss_fn(model, batch, t)
+            rows.append(torch.stack([*parts.values(), torch.ones_like(t[0])]))
+        sums += len(t) * torch.stack(rows)  # (4, parts + 1): sums over clips, and their number
+    # Each process has seen its share of the clips.
+    if WORLD > 1:
+        dist.all_reduce(sums)
+    means = sums[:, :-1] / sums[:, -1:]  # (4, parts)
+    row = {"val_loss": means.sum(1).mean().item()}
+    for name, mean in zip(parts, means.mean(0).tolist(), strict=True):
+        row[f"val_{name}"] = mean
+    for quarter, total in enumerate(means.sum(1).tolist(), 1):
+        row[f"val_q{quarter}"] = total
+    return row
 
 
 # same as mm_diffusion.py
 def fit(model, loss_fn, cfg, train, val, sample_fn=None):
-    """Train `model` to cfg.steps, going on from the checkpoint in cfg.out where there is one -> the EMA model.
+    """Train `model` to cfg.steps, going on from the checkpoint in cfg.out -> the averaged model.
 
-    loss_fn(model, batch) -> (loss, {name: part}) gets batches of `train` as data.to_device makes them, and those of
-    `val` with u (B,), the noise levels to use, in [0, 1). sample_fn(model) -> (video, audio) gets the EMA model.
-    The same command gives the same weights on 1 or more processes up to rounding (dropout apart) and, on the CPU,
-    the same to the bit after any interruption. Raises data.UserError for a checkpoint of another run.
+    loss_fn(model, batch, t=None) -> (loss, {name: part}): the loss is what is minimized; the parts,
+    and as "loss" their sum, are what is reported, in training and validation alike. t (B,): noise
+    levels in [0, 1), given in validation, else drawn. sample_fn(model) -> (video, audio), as
+    data.write_samples takes them. Raises data.UserError for a checkpoint of another run.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out, micro, device = Path(cfg.out), cfg.batch_size // world // cfg.grad_accum, next(model.parameters()).device
-    ema, parameters = copy.deepcopy(model).eval().requires_grad_(False), list(model.parameters())
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)         # else float32
-    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg.optimizer]
-    optimizer = kind(parameters, cfg.lr, cfg.betas, 1e-8, cfg.weight_decay, fused=device.type != "mps")
-    # GradScaler scales fp16 losses and drops steps whose gradients are not finite, without the host asking the device
-    # in every step. The other types need only the latter, at scale 1.
-    scale = 2.0 ** 16 if dtype == torch.float16 else 1.0
-    scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=device.type != "mps")
-    run = (cfg, model, ema, optimizer, scaler)
-    start = resume(out / "ckpt.pt", *run)
+    if cfg.batch_size % (WORLD * cfg.grad_accum):
+        raise data.UserError(
+            f"The batch size, {cfg.batch_size}, does not divide by "
+            f"{WORLD * cfg.grad_accum} (processes x --grad_accum)."
+        )
+    device = next(model.parameters()).device
+    dtype = precision(cfg, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizers = build_optimizers(model, cfg)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+
+    # Go on where an earlier run stopped. Of its log, drop what is about to be done again.
+    run = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
+    start = data.resume(f"{cfg.out}/ckpt.pt", cfg, run)
+    if RANK == 0:
+        data.trim_log(f"{cfg.out}/log.csv", start)
+
+    # `model` holds the weights; `net` is what is called: compiled, and averaging over processes.
     net = torch.compile(model) if cfg.compile else model
-    if dist.is_initialized():
-        net = nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None)
-    val_set = data.val_batches(val, cfg.val_clips, micro) if rank == 0 and start < cfg.steps else []
-    bar = tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if WORLD > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    feed = data.loader(train, cfg.batch_size, start, cfg.steps, RANK, WORLD, cfg.workers, cfg.seed)
+    val_set = data.val_batches(val, cfg.val_clips, cfg.batch_size // cfg.grad_accum, RANK, WORLD)
 
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    # SIGTERM and Ctrl-C are only noted: the step at hand is finished and saved first.
+    signals = []
 
-    def report(step, row):                           # rank 0: validate, log, save and sample when it is time
-        last = step == cfg.steps
-        if step % cfg.val_every == 0 or last:
-            row |= validate(ema, loss_fn, val_set, autocast, device)
-            parts = ", ".join(f"{k[4:]} {x:.4f}" for k, x in row.items() if k.startswith("val_"))
-            levels = " ".join(f"{row[q]:.3f}" for q in ("q1", "q2", "q3", "q4"))
-            bar.write(f"step {step}: validation loss {row['val']:.4f} ({parts}; by quartile of noise: {levels})")
-        if row:
-            write_row(out / "log.csv", {"step": step, **row})
-        if step and (step % cfg.save_every == 0 or last):
-            save(out / "ckpt.pt", step, *run)
-        if sample_fn and step and (step % cfg.sample_every == 0 or last):
-            write_samples(out, step, *sample_fn(ema), cfg)
+    def note(number, frame):
+        signals.append(number)
 
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        rows = (out / "log.csv").read_text().splitlines() if start and (out / "log.csv").exists() else []
-        rows = [x for x in rows if x.startswith("step") or int(x.split(",")[0]) <= start]    # up to the checkpoint
-        (out / "log.csv").write_text("".join(f"{x}\n" for x in rows))
-        if start == 0:
-            report(0, {})
-        elif start >= cfg.steps and sample_fn and not (out / "samples").exists():    # stopped before they were made
-            write_samples(out, start, *sample_fn(ema), cfg)
-    stopped, old = [], {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    for s in old:                                    # a first signal waits for the step's end, a second one kills
-        signal.signal(s, lambda number, _: (stopped.append(number), signal.signal(number, old[number])))
-    batches = data.loader(train, cfg.batch_size, start, cfg.steps, rank, world, cfg.workers, cfg.seed)
-    sums, skipped, streak, since, clock = 0, 0, 0, start, time.time()
-    for step, batch in enumerate(batches, start):
-        batch = data.to_device(batch, device)
-        torch.manual_seed(data.clip_key(cfg.seed, f"dropout {step} {rank}"))     # no generator's state to save
-        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
-        optimizer.zero_grad()
-        for i in range(cfg.grad_accum):
-            net.require_backward_grad_sync = i == cfg.grad_accum - 1             # DDP averages once a step
-            part = {k: x if k == "step" else x[i * micro:(i + 1) * micro] for k, x in batch.items()}
-            with autocast():
-                loss, parts = loss_fn(net, part)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    bad_steps = 0  # in a row
+    history = deque(maxlen=cfg.log_every)  # figures of the latest steps
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=RANK > 0)
+    for step in bar:
+        # Now and then, and at the end: measure the averaged weights, save, make samples.
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            row = validate(ema, loss_fn, val_set, autocast, device)
+            if RANK == 0:
+                bar.write(f"step {step}: " + ", ".join(f"{k} {x:.4f}" for k, x in row.items()))
+                data.append_row(f"{cfg.out}/log.csv", {"step": step, **row})
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step, cfg, run)
+                if sample_fn:
+                    data.write_samples(f"{cfg.out}/samples", step, *sample_fn(ema), cfg)
+        if step == cfg.steps:
+            break
+
+        # The gradient of the mean loss over the batch, summed over parts that fit into memory.
+        # Seeds follow from the step, so no random state needs saving.
+        began = time.time()
+        torch.manual_seed(data.clip_key(cfg.seed, f"step {step} rank {RANK}"))
+        net.zero_grad()
+        sums = 0
+        for i, part in enumerate(data.split(next(feed), cfg.grad_accum)):
+            # DDP averages over processes in the last part alone: this is what no_sync() sets.
+            net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            with autocast:
+                loss, parts = loss_fn(net, data.to_device(part, device))
             scaler.scale(loss / cfg.grad_accum).backward()
-            sums += torch.stack([loss.detach().float(), *parts.values()]) / cfg.grad_accum
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-        bad = (~norm.isfinite()).float()
-        skipped, streak = skipped + bad, (streak + 1) * bad
-        if device.type != "mps" or not bad:
-            scaler.step(optimizer)
-        scaler.update(None if dtype == torch.float16 else 1.0)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        done, row, stop = step + 1, {}, world == 1 and bool(stopped)
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            values = torch.stack([*(sums / (done - since)), norm, skipped, streak, norm.new_tensor(len(stopped))])
-            if world > 1:
-                dist.all_reduce(values)
-            mean, *means, norm, total, in_a_row, signals = (values / world).tolist()
-            speed = (done - since) * cfg.batch_size / (time.time() - clock)
-            row = {"loss": mean, **dict(zip(parts, means, strict=True)), "grad": norm,
-                   "lr": learning_rate(cfg, step), "clips_per_s": speed, "skipped": total}
-            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", *parts, "grad", "clips_per_s")}, refresh=False)
-            sums, since, clock, stop = 0, done, time.time(), stop or signals > 0
-            if in_a_row >= 50:
-                raise data.UserError(f"The gradients of the last {in_a_row:.0f} steps were not finite: start again "
-                                     "with a smaller --lr, with --clip 1 or with --amp off.")
-        bar.update()
-        if rank == 0:
-            report(done, row)
+            sums += torch.stack([*parts.values()]) / cfg.grad_accum
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+
+        # The one wait for the device in a step. All processes get the same figures, means over
+        # all of them, so they also skip a step together and leave the loop together.
+        figures = torch.stack([*sums, norm, torch.full_like(norm, len(signals))])
+        if WORLD > 1:
+            dist.all_reduce(figures)
+        *means, grad_norm, stop = (figures / WORLD).tolist()
+
+        # Leave out a step whose gradient is not finite. With fp16 there is one now and then.
+        bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+        if bad_steps == 50:
+            raise data.UserError("50 steps without a finite gradient: lower --lr or use --amp off.")
+        lr = learning_rate(cfg, step)
+        if bad_steps == 0:
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            decay = min(cfg.ema, (1 + step) / (10 + step))  # ramped up: the first weights fade soon
+            for average, p in zip(ema.parameters(), model.parameters(), strict=True):
+                average.lerp_(p.detach(), 1 - decay)
+        scaler.update()
+
+        # A row of the log: means since the row before.
+        history.append([sum(means), *means, grad_norm, time.time() - began])
+        if RANK == 0 and step % cfg.log_every == 0:
+            names = ["loss", *parts, "grad_norm", "seconds"]
+            row = dict(zip(names, torch.tensor(list(history)).mean(0).tolist(), strict=True))
+            bar.set_postfix(row)
+            data.append_row(f"{cfg.out}/log.csv", {"step": step, "lr": lr, **row})
+
+        # Told to stop: with this checkpoint the run goes on as if it had not been.
         if stop:
-            if rank == 0:
-                save(out / "ckpt.pt", done, *run)
-                bar.write(f"Stopped at step {done}: the same command goes on from there.")
+            if RANK == 0:
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step + 1, cfg, run)
+                bar.write(f"Stopped after {step + 1} steps: the same command goes on from there.")
             sys.exit(0)
-    for s in old:
-        signal.signal(s, old[s])
-    bar.close()
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return ema
 
 
 # ---- The two stages
 
-def mdsa_config(cfg):
-    """The config of stage mdsa: a sub-folder, its step count, batch size and rate under fit()'s names, and the options
-    of the generator at their defaults, for those do not make it another one."""
-    other = {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith(("dit_", "text", "cache"))}
-    return dataclasses.replace(cfg, **other, out=f"{cfg.out}/mdsa", steps=cfg.mdsa_steps, lr=cfg.mdsa_lr,
-                               betas=cfg.mdsa_betas, batch_size=cfg.mdsa_batch_size)
 
-
-def finished(cfg, free=FREE):
-    """Whether the stage whose config this is has reached its last step. Raises data.UserError when it has, with other
-    options than now (those in `free` aside), or when the file is of no run."""
-    path = Path(cfg.out) / "ckpt.pt"
-    state = read_checkpoint(path) if path.exists() else {"step": -1, "cfg": {}}
-    other = [f"--{k} {x}" for k, x in state.get("cfg", {}).items() if k not in free and getattr(cfg, k, x) != x]
-    if "step" not in state or (state["step"] >= cfg.steps and other):
-        raise data.UserError(f"{path} is of {'a run with ' + ' '.join(other) if other else 'no run'}: choose another "
-                             "--out, or move it away.")
-    return state["step"] >= cfg.steps
-
-
-def say(*words):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, flush=True)
-
-
-def autoencoder(cfg, train, val, device):
-    """Stage one -> the trained MDSA (EMA weights)."""
-    cfg = mdsa_config(cfg)
-    torch.manual_seed(cfg.seed)
-    model = Autoencoding(cfg)
-    if finished(cfg, FREE | SHARED):
-        say(f"Stage mdsa is finished: {cfg.out}/ckpt.pt")
-        fill(model, read_checkpoint(Path(cfg.out) / "ckpt.pt")["ema"], cfg.out)
-        return model.mdsa
-    if cfg.init_from and cfg.stage == "mdsa":
-        state = read_checkpoint(cfg.init_from)
-        fill(model, state.get("ema", state), cfg.init_from)
-    else:
-        first = data.to_device(data.make_batch(train, cfg.seed, 1, range(64)), "cpu")
-        start_closed_form(model.mdsa, model.streams(first["video"], first["audio"]))
-    model = model.to(device)
-    say(f"Stage mdsa: {count(model.mdsa):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
-    shown = data.to_device(next(iter(data.val_batches(val, cfg.samples, cfg.samples))), device)
-
-    def loss(net, batch):
-        return net(batch["video"], batch["audio"], "u" not in batch and batch["step"] >= cfg.disc_start)
-
-    def rebuilt(ema):
-        with torch.no_grad():
-            out = ema.mdsa(ema.streams(shown["video"], shown["audio"]))[0]
-        return (data.to_uint8(out["v"]) if "v" in out else None,
-                ema.mel.inverse(out["a"]).clamp(-1, 1).cpu() if "a" in out else None)
-
-    return fit(model, loss, cfg, train, val, rebuilt).mdsa
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def train_mdsa(cfg, train, val, device):
+    """Stage mdsa: train the autoencoder, to OUT/mdsa/ckpt.pt."""
+    cfg = dataclasses.replace(
+        cfg,
+        out=f"{cfg.out}/mdsa",
+        steps=cfg.mdsa_steps,
+        batch_size=cfg.mdsa_batch_size,
+        lr=cfg.mdsa_lr,
+        betas=cfg.mdsa_betas,
+    )
+    torch.manual_seed(cfg.seed)
+    model = Autoencoding(cfg)
+    mdsa = model.mdsa
+    if cfg.init_from:
+        state = data.load_checkpoint(cfg.init_from)
+        data.load_weights(model, state.get("ema", state), cfg.init_from)
+    elif RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
+        clips = [data.to_device(data.make_batch(train, cfg.seed, [i]), "cpu") for i in range(64)]
+        for m, stream in mdsa.streams.items():
+            start_closed_form(stream, [mdsa.inputs(c["video"], c["audio"])[m] for c in clips])
+    model = model.to(device)
+    if WORLD > 1:  # the other processes get that start from the first
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    say(f"Stage mdsa: {count(mdsa):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
+
+    def loss(net, batch, t=None):
+        # An autoencoder knows no noise levels: the four quarters of its validation are equal.
+        x = mdsa.inputs(batch["video"], batch["audio"])
+        if t is None and batch["step"] >= cfg.disc_start:
+            frame, eps = model.draw(batch["key"], device)
+            return net(x, True, frame, eps)
+        return net(x)
+
+    shown = data.make_batch(val, cfg.seed, range(min(cfg.samples, len(val))))
+    shown = data.to_device(shown, device)
+
+    @torch.no_grad()
+    def rebuilt(ema):
+        out, _, _ = ema.mdsa(ema.mdsa.inputs(shown["video"], shown["audio"]))
+        return finished(ema.mdsa, out)
+
+    fit(model, loss, cfg, train, val, rebuilt)
+
+
+def finished(mdsa, x):
+    """Streams of pixels -> video uint8 (B, F, H, W, 3) and waveform (B, L) in [-1, 1], or None."""
+    video = None
+    audio = None
+    if "v" in x:
+        video = data.to_uint8(x["v"]).cpu()
+    if "a" in x:
+        audio = mdsa.mel.inverse(x["a"]).clamp(-1, 1).cpu()
+    return video, audio
+
+
 @torch.no_grad()
-def examine(model, val, device):
-    """Print the PSNR of MDSA on validation clips beside that of codes that anyone can write down: mean color or
-    spectrum, and block means (no more of them than MDSA has numbers), interpolated -> {stream: [MDSA, mean, blocks]}.
-    Raises data.UserError where MDSA does not beat them."""
-    cfg, side, table = model.cfg, model.cfg.size // model.cfg.patch, {m: [] for m in model.cfg.streams}
-    budget = (side * side + 2 * cfg.frames * side) * cfg.plane_channels
-    for batch in data.val_batches(val, cfg.val_clips, 16):
+def examine(mdsa, val, device):
+    """PSNR of MDSA on validation clips, beside that of codes that anyone can write down.
+
+    Those are mean color or spectrum, and block means. -> {stream: [MDSA, mean, blocks]}, printed.
+    Raises data.UserError where MDSA does not beat them.
+    """
+    rows = {m: [] for m in mdsa.streams}
+    for batch in data.val_batches(val, mdsa.cfg.val_clips, 16):
         batch = data.to_device(batch, device)
-        x = model.streams(batch["video"], batch["audio"])
-        out = model.mdsa(x)[0]
-        for m, y in x.items():
-            y, over = y.transpose(1, 2), 1                                       # (B, C, F, H, W)
-            while cfg.frames // over * side ** 2 * y.shape[1] > budget and over < cfg.frames:
-                over *= 2                            # frames to a block
-            pooled = F.avg_pool3d(y, (over, *model.mdsa.streams[m].patch))
-            mean = y.mean((2, 3, 4) if m == "v" else (2, 4), keepdim=True).expand_as(y)
-            codes = out[m].transpose(1, 2), mean, F.interpolate(pooled, y.shape[2:], mode="trilinear")
-            table[m] += [[psnr(z, y).item() for z in codes]] * len(y)
-    table = {m: np.mean(rows, 0) for m, rows in table.items()}
-    for m, row in table.items():
-        say("PSNR-{}: MDSA {:.1f} dB, mean {} {:.1f}, block means {:.1f}".format(
-            m.upper(), row[0], {"v": "color", "a": "spectrum"}[m], *row[1:]))
-    if cfg.need_good and any(row[0] <= max(row[1:]) for row in table.values()):
-        raise data.UserError("The autoencoder does not beat its baselines, so a generator could not either: raise "
-                             "--mdsa_steps, or go on all the same with --need_good false.")
+        x = mdsa.inputs(batch["video"], batch["audio"])
+        out, _, _ = mdsa(x)
+        for m in x:
+            real = x[m].cpu()
+            axes = (1, 3, 4) if m == "v" else (1, 4)  # mean color; mean spectrum
+            mean = real.mean(axes, keepdim=True).expand_as(real)
+            blocks = block_means(real, mdsa.streams[m].patch, mdsa.cfg)
+            row = [psnr(y, real).item() for y in (out[m].cpu(), mean, blocks)]
+            rows[m] += [row] * len(real)
+    table = {m: np.mean(rows[m], 0) for m in rows}
+    for m, (ours, mean, blocks) in table.items():
+        what = "color" if m == "v" else "spectrum"
+        say(f"PSNR-{m.upper()}: MDSA {ours:.1f} dB, mean {what} {mean:.1f}, "
+            f"block means {blocks:.1f}")
+        if mdsa.cfg.need_good and ours <= max(mean, blocks):
+            raise data.UserError("The autoencoder does not beat its baselines, nor would a "
+                                 "generator: raise --mdsa_steps, or go on with --need_good false.")
     return table
 
 
+def block_means(x, patch, cfg):
+    """Means over blocks, no more of them than MDSA has numbers, interpolated. (B, F, C, H, W)"""
+    side = cfg.size // cfg.patch
+    budget = (side * side + 2 * cfg.frames * side) * cfg.plane_channels
+    x = x.transpose(1, 2)  # (B, C, F, H, W)
+    frames = 1  # to a block
+    while cfg.frames // frames * side**2 * x.shape[1] > budget and frames < cfg.frames:
+        frames *= 2
+    means = F.avg_pool3d(x, (frames, *patch))
+    return F.interpolate(means, x.shape[2:], mode="trilinear").transpose(1, 2)
+
+
 class Latents(torch.utils.data.Dataset):
-    """The first n clips of a data set as planes, encoded once, into a file; later ones are the same again."""
+    """The first n clips of a data set as planes z_v, z_a; later ones are the same again.
+
+    They are encoded once, into files of CHUNK clips each, of which every process makes its share.
+    """
+
+    CHUNK = 256
+
     def __init__(self, model, dataset, n, name, device):
-        mark = sum(p.double().abs().sum().item() for p in model.mdsa.parameters())   # another MDSA, another file
-        path = f"{model.cfg.out}/latents_{name}_{data.clip_key(n, mark):015x}.pt"
-        if int(os.environ.get("RANK", 0)) == 0 and not Path(path).exists():
-            clips = {"z": [], "caption": [], "label": []}
-            for i in tqdm(range(0, n, 16), f"encoding {n} clips", unit="batch"):
-                batch = data.to_device(data.make_batch(dataset, 0, 1, range(i, min(n, i + 16))), device)
-                clips["z"] += model.encode(model.streams(batch["video"], batch["audio"])).cpu()
-                clips["caption"] += batch["caption"]
-                clips["label"] += batch["label"].tolist()
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            torch.save({**clips, "z": torch.stack(clips["z"])}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        if dist.is_initialized():
+        self.labels = dataset.labels
+        self.n = n
+        self.chunks = []
+        # Other weights of MDSA, other files.
+        weights = sum(p.cpu().double().abs().sum().item() for p in model.mdsa.parameters())
+        folder = f"{model.cfg.out}/latents/{name}_{data.clip_key(n, weights):015x}"
+        paths = []
+        for i, first in enumerate(tqdm(range(0, n, self.CHUNK), f"{name} clips", disable=RANK > 0)):
+            paths.append(Path(f"{folder}/{first:08d}.pt"))
+            if i % WORLD == RANK and not paths[-1].exists():
+                numbers = range(first, min(n, first + self.CHUNK))
+                clips = encode_clips(model, dataset, numbers, device)
+                with data.whole_file(paths[-1]) as new:
+                    torch.save(clips, new)
+        if WORLD > 1:
             dist.barrier()
-        self.clips, self.n = torch.load(path, mmap=True, weights_only=True), n
+        for path in paths:
+            self.chunks.append(torch.load(path, mmap=True, weights_only=True))
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        clip = {k: x[i % self.n] for k, x in self.clips.items()}
-        # The loader knows video and audio alone: the planes travel as audio.
-        return {**clip, "audio": clip["z"].numpy(), "video": np.zeros((1, 1, 1, 3), np.uint8)}
+        i = i % self.n
+        chunk = self.chunks[i // self.CHUNK]
+        return {name: x[i % self.CHUNK] for name, x in chunk.items()}
 
 
-def generator(cfg, mdsa, train, val, device):
-    """Stage two: train STDiT on the planes of the trained MDSA."""
-    if finished(cfg):
-        return say(f"Stage dit is finished: {cfg.out}/ckpt.pt")
+def encode_clips(model, dataset, numbers, device):
+    """The clips of these numbers -> {"z_v": (n, 3, R, L, C), "z_a": ..., "caption", "label"}"""
+    parts = []
+    for first in range(0, len(numbers), 16):
+        batch = data.make_batch(dataset, 0, numbers[first : first + 16])
+        moved = data.to_device(batch, device)
+        latents = model.encode(model.mdsa.inputs(moved["video"], moved["audio"]))
+        part = {name: z.cpu() for name, z in latents.items()}
+        parts.append({**part, "caption": batch["caption"], "label": batch["label"].tolist()})
+    clips = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        clips[name] = sum(values, []) if isinstance(first, list) else torch.cat(values)
+    return clips
+
+
+def train_dit(cfg, train, val, device):
+    """Stage dit: train STDiT on the planes of the MDSA in OUT/mdsa/ckpt.pt."""
+    path = f"{cfg.out}/mdsa/ckpt.pt"
+    if WORLD > 1:
+        dist.barrier()  # the first process has saved it
+    if not Path(path).exists():
+        raise data.UserError(f"Stage dit needs an autoencoder in {path}: run --stage mdsa first.")
+    state = data.load_checkpoint(path)
+    if state["step"] < state["cfg"]["steps"]:
+        raise data.UserError(f"The autoencoder in {path} is not finished: run --stage mdsa first.")
+    mdsa = {}
+    for name, p in state["ema"].items():
+        if name.startswith("mdsa."):
+            mdsa[name.removeprefix("mdsa.")] = p
+
     torch.manual_seed(cfg.seed + 1)
     model = ProAV(cfg)
-    model.mdsa.load_state_dict(mdsa.state_dict())
-    model = model.to(device)
+    data.load_weights(model.mdsa, mdsa, path)
     if cfg.init_from:
-        state = read_checkpoint(cfg.init_from)
-        fill(model, state.get("ema", state), cfg.init_from)
-    if (path := Path(cfg.out) / "ckpt.pt").exists():
-        old = read_checkpoint(path)["ema"]
-        if any(not torch.equal(old[f"mdsa.{k}"], p.cpu()) for k, p in model.mdsa.state_dict().items()):
-            raise data.UserError(f"{path} was trained with another autoencoder: choose another --out, or move it away.")
-    examine(model, val, device)
-    labels, shown = train.labels, [val[i]["caption"] for i in range(min(cfg.samples, len(val)))]
+        state = data.load_checkpoint(cfg.init_from)
+        data.load_weights(model, state.get("ema", state), cfg.init_from)
+    if Path(f"{cfg.out}/ckpt.pt").exists():
+        old = data.load_checkpoint(f"{cfg.out}/ckpt.pt").get("ema", {})
+        for name, p in model.mdsa.state_dict().items():
+            if not torch.equal(old.get(f"mdsa.{name}", p), p):
+                raise data.UserError(f"{cfg.out}/ckpt.pt was trained with another autoencoder: "
+                                     "choose another --out, or move it away.")
+    model = model.to(device)
+    examine(model.mdsa, val, device)
+
+    shown = [val[i]["caption"] for i in range(min(cfg.samples, len(val)))]
+    flow = ReflectedFlow(model)
+    loss = flow.loss_of_clips
     if cfg.cache_latents:
+        loss = flow.loss
         train = Latents(model, train, cfg.cache_latents, "train", device)
         val = Latents(model, val, min(cfg.val_clips, len(val)), "val", device)
-    flow = ReflectedFlow(model)
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
-    def loss(net, batch):
-        names = [labels[i] for i in batch["label"].tolist()]
-        if "u" not in batch:
-            captions = map(vary, batch["caption"], names, batch["key"].tolist())
-            batch = {**batch, "caption": list(captions)}
-        return flow.loss(net, batch)
+    def samples(ema):
+        return sample(ema, len(shown), prompt=shown, seed=cfg.seed)
 
-    return fit(model, loss, cfg, train, val, lambda ema: sample(ema, len(shown), prompt=shown, seed=cfg.seed))
+    fit(model, loss, cfg, Captioned(train, cfg, varied=True), Captioned(val, cfg), samples)
 
 
 # ---- Sampling and the command line
 
+
+def captions_for(n, prompt, label):
+    """What the n clips are to show: prompt or label, one value or a list of n; "": anything."""
+    if prompt and label:
+        raise data.UserError("Give a prompt or a label, not both.")
+    said = prompt or label or ""
+    if isinstance(said, str):
+        said = [said] * n
+    if len(said) != n:
+        raise data.UserError(f"{n} clips need one prompt or label or {n} of them, not {len(said)}.")
+    if label:
+        return [f"a video of {name}" for name in said]
+    return list(said)
+
+
+def condition(cfg, n, video, audio):
+    """The video or sound that sample() was given, n of them, as MDSA.inputs() takes it: a dict."""
+    if video is None and audio is None:
+        return {}
+    if cfg.streams != "av" or (video is not None and audio is not None):
+        raise data.UserError("Give a video or a sound, not both, to a model of both streams.")
+    length = cfg.frames * cfg.rate // cfg.fps
+    try:
+        if video is not None:
+            v = torch.as_tensor(video).movedim(-1, -3).float() / 127.5 - 1  # ([n,] F, 3, H, W)
+            return {"video": v.expand(n, cfg.frames, 3, cfg.size, cfg.size)}
+        a = torch.as_tensor(audio).float().unsqueeze(-2)  # ([n,] 1, L)
+        return {"audio": a.expand(n, 1, length)}
+    except RuntimeError:  # of expand()
+        raise data.UserError(f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} "
+                             f"pixels, or {length} samples.") from None
+
+
 @torch.no_grad()
-def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None, steps=None,
-           guidance=None, seed=0, sampler=None, batch_size=8):
-    """Generate n clips -> video (n, F, H, W, 3) uint8 and audio (n, L) float32 in [-1, 1]; None for a stream that
-    the model lacks. prompt: text, or n of them; label: a class, for "a video of <label>"; neither: any clip. video
-    ([n,] F, H, W, 3) uint8 or audio ([n,] L) comes back as it is, with the other stream made for it. Clip i depends on
-    (seed, i), not on n or batch_size. Raises data.UserError for conditions that exclude each other."""
-    if (prompt and label) or (video is not None and audio is not None):
-        raise data.UserError("Give a prompt or a label, and a video or an audio, not both.")
-    if (video is not None or audio is not None) and model.cfg.streams != "av":
-        raise data.UserError("This model was trained for one stream: there is nothing to generate from the other.")
-    cfg, device, out = model.cfg, next(model.parameters()).device, {"v": [], "a": []}
-    captions = prompt if isinstance(prompt, list) else [prompt or (f"a video of {label}" if label else "")] * n
-    if video is not None:
-        video = torch.as_tensor(np.asarray(video)).expand(n, -1, -1, -1, -1)
-    if audio is not None:
-        audio = torch.as_tensor(np.asarray(audio)).float().expand(n, -1)
+def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=None, audio=None,
+           steps=None, guidance=None, seed=0, batch_size=8):
+    """Generate n clips -> video (n, F, H, W, 3) uint8, audio (n, L) float32 in [-1, 1].
+
+    None for a stream that the model lacks. prompt, or label for "a video of <label>": one for all
+    clips or a list of n. video ([n,] F, H, W, 3) uint8 or audio ([n,] L) comes back as it is, with
+    the other stream made for it. Clip i depends on (seed, i), not on n or batch_size. Raises
+    data.UserError for conditions that exclude each other or do not fit.
+    """
+    cfg = model.cfg
+    device = next(model.parameters()).device
+    captions = captions_for(n, prompt, label)
+    wanted = condition(cfg, n, video, audio)
+    guidance = cfg.guidance if guidance is None else guidance
+    if not isinstance(negative_prompt or "", str):
+        raise data.UserError("--negative_prompt is one text for all clips.")
+    negative = torch.from_numpy(spell(negative_prompt or "", cfg)).to(device)
+    if captions == [negative_prompt or ""] * n:
+        guidance = 1  # away from what it goes to: nothing would change
+
+    dtype = precision(cfg, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    videos = []
+    audios = []
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
-        part, x = captions[first:first + batch_size], None
-        if video is not None or audio is not None:
-            v = None if video is None else video[first:first + batch_size].to(device).movedim(-1, 2) / 127.5 - 1
-            a = None if audio is None else audio[first:first + batch_size, None].to(device)
-            x = model.encode(model.streams(v, a))
-        draws = [torch.Generator().manual_seed(data.clip_key(seed, f"sample {first + i}")) for i in range(len(part))]
-        z = ReflectedFlow(model).sample(part, negative_prompt or "", cfg.guidance if guidance is None else guidance,
-                                        steps or cfg.sample_steps, sampler or cfg.sampler, draws, x, device)
-        for k, y in zip("va", model.decode(z), strict=True):
-            out[k] += [] if y is None else [y.cpu()]
-    v = data.to_uint8(torch.cat(out["v"])) if out["v"] else None
-    a = torch.cat(out["a"]).clamp(-1, 1) if out["a"] else None
-    return v if video is None else video.cpu(), a if audio is None else audio.cpu()
+        # Noise is drawn on the CPU, for each clip from its own seed: all devices start from it.
+        part = slice(first, min(first + batch_size, n))
+        words = []
+        x0 = []
+        for i in range(part.start, part.stop):
+            words.append(torch.from_numpy(spell(captions[i], cfg)))
+            draw = torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}"))
+            x0.append(truncated_normal(model.shape, draw))
+        words = torch.stack(words).to(device)
+        x0 = torch.stack(x0).to(device) * model.valid
+        x = model.mdsa.inputs(**{name: y[part].to(device) for name, y in wanted.items()})
+        with autocast:
+            given = model.encode(x)
+            z = ReflectedFlow(model).sample(
+                x0, words, negative, guidance, steps or cfg.sample_steps, given
+            )
+            out = model.decode(z)
+        v, a = finished(model.mdsa, out)
+        videos.append(v)
+        audios.append(a)
+
+    # What was given comes back as it was.
+    v = torch.cat(videos) if "v" in cfg.streams else None
+    a = torch.cat(audios) if "a" in cfg.streams else None
+    if video is not None:
+        v = torch.as_tensor(video).expand(v.shape)
+    if audio is not None:
+        a = torch.as_tensor(audio).float().expand(a.shape)
+    return v, a
 
 
 def load(path, device="cpu", options=()):
-    """A model ready to sample from a checkpoint of stage dit (its EMA weights). options, as on the command line,
-    override the config. Raises data.UserError when the file is not readable or does not fit."""
-    state = read_checkpoint(path)
-    if "cfg" not in state or not any(k.startswith("dit.") for k in state["ema"]):
+    """A model ready to sample from a checkpoint of stage dit (its averaged weights).
+
+    Options, as on the command line, override the config. Raises data.UserError when the file is
+    not readable or does not fit.
+    """
+    state = data.load_checkpoint(path)
+    if not any(name.startswith("dit.") for name in state.get("ema", {})):
         raise data.UserError(f"{path} holds no generator: give that of stage dit.")
-    model = ProAV(parse(options, Config(**state["cfg"])))
-    fill(model, state["ema"], path)
+    cfg = parse(options, data.read_config(Config, state, path))
+    model = ProAV(cfg)
+    data.load_weights(model, state["ema"], path)
     return model.to(device).eval()
 
 
-def main(argv=None):
-    cfg = parse(argv)
-    try:
-        device = setup(cfg)
-        train, val = (data.open_dataset(cfg.data, split, cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
-                      for split in ("train", "val"))
-        if cfg.stage == "dit" and not finished(mdsa_config(cfg), FREE | SHARED):
-            raise data.UserError(f"Stage dit needs the finished stage mdsa in {cfg.out}/mdsa: run --stage mdsa first.")
-        mdsa = autoencoder(cfg, train, val, device)
-        if cfg.stage != "mdsa":
-            generator(cfg, mdsa, train, val, device)
-    except data.UserError as error:
-        die(f"proav_dit.py: {error}")
-    if cfg.stage == "mdsa":
+def train(cfg):
+    """Train what cfg.stage names."""
+    device = setup(cfg)
+    shape = (cfg.frames, cfg.size, cfg.fps, cfg.rate, cfg.seed)
+    clips = data.open_dataset(cfg.data, "train", *shape)
+    val = data.open_dataset(cfg.data, "val", *shape)
+    if cfg.stage != "dit":
+        train_mdsa(cfg, clips, val, device)
         say(f"Reconstructions are in {cfg.out}/mdsa/samples.")
-    else:
-        say(f"Samples are in {cfg.out}/samples; more: python sample.py --model proav_dit "
-            f"--ckpt {cfg.out}/ckpt.pt")
+    if cfg.stage != "mdsa":
+        train_dit(cfg, clips, val, device)
+        say(f"Samples are in {cfg.out}/samples; more: "
+            f"python sample.py --model proav_dit --ckpt {cfg.out}/ckpt.pt")
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    except data.UserError as error:
+        data.end("proav_dit.py", error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
