@@ -93,12 +93,11 @@ def parse_value(kind, text):
             raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
         return text
 
-    if kind is bool:
-        text = text.capitalize()  # true is True
     if kind is tuple and not text.strip():
         return ()
+    word = text.capitalize() if kind is bool else text  # true is True
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(word)
     except (ValueError, SyntaxError, TypeError):
         value = None
     if kind is tuple and type(value) in (int, float):
@@ -939,7 +938,7 @@ def resume(path, cfg, parts):
     old = state["cfg"]
     new = dataclasses.asdict(cfg)
     fixed = set(new) - MAY_CHANGE
-    if old.get("lr_end", 1) != 1 or new.get("lr_end", 1) != 1:
+    if new.get("lr_end", 1) != 1:
         fixed.add("steps")
     for name, value in new.items():
         if name not in fixed:

@@ -262,7 +262,8 @@ def parse(argv=None, base=None):
     if base is None:
         values = {"preset": preset, **PRESETS[preset], **given}
         if "preset" not in given and RANK == 0:
-            print(f"--preset {preset}, as --data is {source}.")
+            why = "is so called" if preset == source else "has no preset of its own"
+            print(f"--preset {preset}, as --data {source} {why}.")
     else:
         values = {**dataclasses.asdict(base), **given}
     cfg = Config(**values)
@@ -1913,16 +1914,17 @@ def sample_batch(model, process, sr, clips, seed, condition):
             x = prolong(process, eps, normal, x)
         x = process.decode(x)
         if sr:
-            x["v"] = enlarge(sr, x["v"], normal((3, sr.cfg.sr_size, sr.cfg.sr_size)))
+            noise = normal((3, sr.cfg.sr_size, sr.cfg.sr_size))
+            x["v"] = enlarge(sr, x["v"], noise, cfg.sr_sample_steps)
     return {k: y.cpu() for k, y in x.items()}
 
 
-def enlarge(sr, video, noise):
+def enlarge(sr, video, noise, steps):
     """Every clip of video (B, F, 3, h, w), each from one noise image of noise (B, 3, H, W)."""
     process = build_process(sr.cfg, video.device)
     out = []
     for clip, image in zip(video, noise, strict=True):
-        frames = [process.upsample(sr, x, image, sr.cfg.sr_sample_steps) for x in clip.split(8)]
+        frames = [process.upsample(sr, x, image, steps) for x in clip.split(8)]
         out.append(torch.cat(frames))
     return torch.stack(out)
 
@@ -1936,11 +1938,10 @@ def load(path, device="cpu", options=()):
     """
     state = data.load_checkpoint(path)
     if "cfg" in state:
-        cfg = data.read_config(Config, state, path)
-        if options and cfg.stage == "base":
-            cfg = parse(options, cfg)
+        saved = data.read_config(Config, state, path)
+        cfg = dataclasses.replace(parse(options, saved), stage=saved.stage)
         state = state["ema"]
-    elif "--preset" in options:
+    elif "--preset" in " ".join(options):
         cfg = parse(options)
         if cfg.stage == "sr":
             cfg = sr_config(cfg)
