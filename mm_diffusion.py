@@ -58,7 +58,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1296,16 +1295,9 @@ class Frames(torch.utils.data.Dataset):
         if noisy:
             low = low + draw.uniform(0, 20) * draw.standard_normal(low.shape)
         if jpeg:
-            low = through_jpeg(low, int(draw.uniform(20, 80)))
+            low = data.through_jpeg(low, int(draw.uniform(20, 80)))
         low = low.transpose(0, 3, 1, 2) / 127.5 - 1  # (F, 3, h, w)
         return {**clip, "video": video, "low": low.astype(np.float32)}
-
-
-def through_jpeg(frames, quality):
-    """What is left of frames (F, h, w, 3), 0 ... 255, after JPEG compression."""
-    frames = frames.round().clip(0, 255).astype(np.uint8)
-    files = [imageio.imwrite("<bytes>", x, "jpg", quality=quality) for x in frames]
-    return np.stack([imageio.imread(x, "jpg") for x in files]).astype(np.float64)
 
 
 class SRDiffusion(Diffusion):
