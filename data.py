@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 import zipfile
 from collections import Counter
 from math import tau
@@ -82,17 +81,11 @@ WANTED = {
 def parse_value(kind, text):
     """A word of the command line -> a value of `kind`, read as Python would read it.
 
-    kind: int, float, bool, str, tuple, or a typing.Literal of strings. A tuple needs no brackets:
-    "-0.55,0.0", "2", and "" for the empty one. Raises argparse.ArgumentTypeError.
+    kind: int, float, bool, str or tuple. A tuple needs no brackets: "-0.55,0.0", "2", and "" for
+    the empty one. Raises argparse.ArgumentTypeError.
     """
     if kind is str:
         return text
-    if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(choices)}")
-        return text
-
     if kind is tuple and not text.strip():
         return ()
     word = text.capitalize() if kind is bool else text  # true is True
@@ -779,6 +772,13 @@ def load_clip(path, frames, size, fps, rate, start=0.0):
     if audio is not None:
         audio = np.pad(audio, (0, length - len(audio)))
     return video, audio
+
+
+def through_jpeg(frames, quality):
+    """What is left of frames (F, H, W, 3), 0 ... 255, after JPEG compression -> float64."""
+    frames = frames.round().clip(0, 255).astype(np.uint8)
+    files = [imageio.imwrite("<bytes>", x, "jpg", quality=quality) for x in frames]
+    return np.stack([imageio.imread(x, "jpg") for x in files]).astype(np.float64)
 
 
 def enlarge(video):

@@ -277,7 +277,8 @@ def parse(argv=None, base=None):
     if base is None:
         values = {"preset": preset, **PRESETS[preset], **given}
         if "preset" not in given and RANK == 0:
-            print(f"--preset {preset}, as --data is {source}.")
+            why = "is so called" if preset == source else "has no preset of its own"
+            print(f"--preset {preset}, as --data {source} {why}.")
     else:
         values = {**dataclasses.asdict(base), **given}
     cfg = Config(**values)
@@ -293,51 +294,46 @@ def check(cfg):
     """Raise data.UserError for the first mistake in a config that people make."""
     may_be_zero = ("warmup", "workers", "seed", "griffin_lim", "disc_start", "cache_latents")
     for field in dataclasses.fields(cfg):
-        least = 0 if field.name in may_be_zero else 1
-        if field.type is int and getattr(cfg, field.name) < least:
-            raise data.UserError(f"--{field.name} {getattr(cfg, field.name)} is too small.")
+        value = getattr(cfg, field.name)
+        if field.type is int and value < (0 if field.name in may_be_zero else 1):
+            raise data.UserError(f"--{field.name} {value} is too small.")
+        choices = CHOICES.get(field.name, (value,))
+        if value not in choices:
+            raise data.UserError(f"--{field.name} must be one of {', '.join(choices)}.")
     if cfg.init_from and cfg.stage == "all":
         raise data.UserError("--init_from starts one stage: add --stage mdsa or --stage dit.")
-    for betas in (cfg.betas, cfg.mdsa_betas):
-        if len(betas) != 2 or max(betas) >= 1:
-            raise data.UserError("--betas and --mdsa_betas need two numbers below 1.")
-    if cfg.floor <= 0:
-        raise data.UserError("--floor must be above 0.")
+    if len(cfg.betas) != 2 or len(cfg.mdsa_betas) != 2 or len(cfg.blocks) != 3:
+        raise data.UserError("--betas and --mdsa_betas need two numbers, --blocks three.")
 
     # Patches of both streams make one grid, side x side. Its halves are STDiT's patches.
     side = cfg.size // cfg.patch
+    columns = cfg.rate // cfg.fps // cfg.hop
     if side < 2 or cfg.size % (2 * cfg.patch):
         raise data.UserError("--size must be an even number of --patch.")
     if cfg.rate % (cfg.fps * cfg.hop):
         raise data.UserError("--rate / --fps must be a multiple of --hop.")
-    columns = cfg.rate // cfg.fps // cfg.hop
     if cfg.n_mels % side or columns % side:
-        raise data.UserError(f"--n_mels ({cfg.n_mels}) and --rate / --fps / --hop ({columns}) must "
-                             f"divide by --size / --patch ({side}).")
-    for length in (cfg.frames, cfg.size, cfg.n_mels, columns):
-        if length % 4:  # MTSelfAttention and perceptual() halve twice
-            raise data.UserError("--frames, --size, --n_mels and --rate / --fps / --hop must "
-                                 "divide by 4.")
-    if cfg.window > cfg.n_fft:
-        raise data.UserError("--window must not exceed --n_fft.")
-    if len(cfg.blocks) != 3 or min(cfg.blocks) < 1:
-        raise data.UserError("--blocks needs three numbers of 1 or more.")
+        raise data.UserError(
+            f"--n_mels ({cfg.n_mels}) and --rate / --fps / --hop ({columns}) must divide by "
+            f"--size / --patch ({side})."
+        )
+    # MTSelfAttention and perceptual() halve twice.
+    if cfg.frames % 4 or cfg.size % 4 or cfg.n_mels % 4 or columns % 4:
+        raise data.UserError("--frames, --size, --n_mels, --rate / --fps / --hop must divide by 4.")
     t, h, w = cfg.blocks
-    if cfg.frames % t or side % h or side % w:
+    if min(cfg.blocks) < 1 or cfg.frames % t or side % h or side % w:
         raise data.UserError(f"--blocks must divide {cfg.frames}, {side} and {side}.")
 
     # Rotary positions turn pairs of channels.
-    if cfg.width % 8 or cfg.width % (2 * cfg.proj_heads):
-        raise data.UserError("--width must divide by 8 and by twice --proj_heads.")
+    if cfg.width % 8 or cfg.width % (2 * cfg.proj_heads) or cfg.head_dim % 4:
+        raise data.UserError("--width must divide by 8 and 2 * --proj_heads, --head_dim by 4.")
     if cfg.dit_width % 4 or cfg.dit_width % (2 * cfg.dit_heads):
-        raise data.UserError("--dit_width must divide by 4 and by twice --dit_heads.")
-    if cfg.head_dim % 4 or cfg.disc_width % 4:
-        raise data.UserError("--head_dim and --disc_width must divide by 4.")
-    if cfg.text_tokens < 2:
-        raise data.UserError("--text_tokens must be 2 or more.")
+        raise data.UserError("--dit_width must divide by 4 and 2 * --dit_heads.")
     if cfg.text != "bytes" and t5_width(cfg.text) != cfg.text_width:
-        raise data.UserError(f"--text {cfg.text} is not the folder of a T5 whose words have "
-                             f"--text_width {cfg.text_width} features.")
+        raise data.UserError(
+            f"--text {cfg.text} is not the folder of a T5 whose words have --text_width "
+            f"{cfg.text_width} features."
+        )
 
 
 # ---- Audio as video (section 3.1): per frame one image, rows low to high pitch, columns time.
@@ -980,6 +976,14 @@ def adversarial(critic, real, fake):
     return loss
 
 
+def generators(keys, device):
+    """A random generator for each clip, seeded by its own key (B,).
+
+    So noise is the same however the clips are dealt to processes; and nothing waits for a GPU.
+    """
+    return [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
+
+
 class Autoencoding(nn.Module):
     """What stage mdsa trains: the MDSA and, with --adv, each stream's critics."""
 
@@ -996,26 +1000,24 @@ class Autoencoding(nn.Module):
         self.edges = names_like(self, "to_patch|to_pixel|table|critics")
 
     def draw(self, keys, device):
-        """What is random in the second phase; each clip's follows from its own key.
+        """What is random in the second phase.
 
         -> the frame of each clip (B,) that the critic of images sees, and noise for the latents.
         """
         cfg = self.cfg
         side = cfg.size // cfg.patch
         shape = (len(cfg.streams), side + 2 * cfg.frames, side, cfg.plane_channels)
-        generator = torch.Generator(device)
-        frames = []
+        frame = []
         noise = []
-        for key in keys.tolist():
-            generator.manual_seed(key)
-            frames.append(torch.randint(cfg.frames, (), generator=generator, device=device))
-            noise.append(torch.randn(shape, generator=generator, device=device))
+        for own in generators(keys, device):
+            frame.append(torch.randint(cfg.frames, (), generator=own, device=device))
+            noise.append(torch.randn(shape, generator=own, device=device))
         noise = torch.stack(noise)  # (B, streams, rows of the three planes, L, C)
         eps = {}
         for i, m in enumerate(cfg.streams):
-            rows = noise[:, i].split((side, cfg.frames, cfg.frames), 1)
-            eps[m] = dict(zip(PLANES, rows, strict=True))
-        return torch.stack(frames), eps
+            hw, tw, th = noise[:, i].split((side, cfg.frames, cfg.frames), 1)
+            eps[m] = {"hw": hw, "tw": tw, "th": th}
+        return torch.stack(frame), eps
 
     def forward(self, x, second=False, frame=None, eps=None):
         """-> loss (eq. 10), {stream: its reconstruction error}.
@@ -1127,6 +1129,11 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def modulate(x, shift, scale):
+    """LayerNorm whose scale and shift depend on the time."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
 class STDiT3Block(nn.Module):
     """Attention inside each frame (spatial) or along time at each place (temporal); to the text;
     MLP. The first and the last are modulated and gated by the time embedding (adaLN-single)."""
@@ -1148,7 +1155,7 @@ class STDiT3Block(nn.Module):
         table = self.scale_shift_table + t6.unflatten(-1, (6, -1))  # (B, 1 or T, 6, D)
         rows = table[:, :, :, None].unbind(2)  # (B, 1 or T, 1, D) each
         shift1, scale1, gate1, shift2, scale2, gate2 = rows
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+        h = modulate(x, shift1, scale1)
         if self.temporal:
             h = h.transpose(1, 2)  # (B, S, T, D)
         h = self.attn(h.flatten(0, 1), turn, mask).view(h.shape)
@@ -1156,8 +1163,7 @@ class STDiT3Block(nn.Module):
             h = h.transpose(1, 2)
         x = x + gate1 * h
         x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view(x.shape)
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
-        return x + gate2 * self.mlp(h)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
 # same as mm_diffusion.py
@@ -1171,12 +1177,9 @@ def time_embedding(t, dim):
 
 def place_embedding(rows, columns, dim):
     """Fixed sinusoids (rows * columns, dim): half of the channels tell the column, half the row."""
-    freqs = 10000 ** (-torch.arange(dim // 4) * 4 / dim)
-    row = torch.arange(rows)[:, None] * freqs  # (rows, dim / 4)
-    column = torch.arange(columns)[:, None] * freqs
-    row = torch.cat([row.sin(), row.cos()], -1).repeat_interleave(columns, 0)
-    column = torch.cat([column.sin(), column.cos()], -1).repeat(rows, 1)
-    return torch.cat([column, row], -1)
+    row = time_embedding(torch.arange(rows), dim // 2).roll(dim // 4, -1)  # here, sines come first
+    column = time_embedding(torch.arange(columns), dim // 2).roll(dim // 4, -1)
+    return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], -1)
 
 
 class STDiT(nn.Module):
@@ -1252,7 +1255,7 @@ class STDiT(nn.Module):
             inputs = (y, t6, text_mask, temporal_mask, self.plane_turn)
             x = recomputed(self.cfg, temporal, x, *inputs)
         shift, scale = (self.final_table + t[:, None])[:, :, None, None].unbind(1)  # (B, 1, 1, D)
-        x = self.final_linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        x = self.final_linear(modulate(x, shift, scale))
         x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, columns))
         return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # from (B, P, rows, columns, 2, 2, C)
 
@@ -1426,17 +1429,15 @@ def truncated_normal(shape, draw):
 
 
 def reflect(y):
-    """Fold any point back into [-1, 1], as a ball between walls -> point, number of walls hit."""
+    """Fold any point back into [-1, 1], as a ball that bounces between walls."""
     r = (y + 1) % 4
-    folded = torch.where(r > 2, 4 - r, r) - 1
-    walls = ((y + 1) / 2).floor().abs()
-    return folded, walls
+    return torch.where(r > 2, 4 - r, r) - 1
 
 
 def euler(velocity, x, steps):
     """Reflected Euler: x <- reflect(x + v(t, x) / N), t = 0, 1/N ... (N - 1)/N."""
     for i in range(steps):
-        x, _ = reflect(x + velocity(i / steps, x) / steps)
+        x = reflect(x + velocity(i / steps, x) / steps)
     return x
 
 
@@ -1477,13 +1478,11 @@ class ReflectedFlow:
 
     def draw(self, keys, device):
         """x_0 (B, P, R, L, C) and times (B,), each clip's from its own key."""
-        generator = torch.Generator(device)
         t = []
         x0 = []
-        for key in keys.tolist():
-            generator.manual_seed(key)
-            t.append(torch.rand((), generator=generator, device=device))
-            x0.append(truncated_normal(self.model.shape, generator))
+        for own in generators(keys, device):
+            t.append(torch.rand((), generator=own, device=device))
+            x0.append(truncated_normal(self.model.shape, own))
         return torch.stack(x0) * self.model.valid, torch.stack(t)
 
     def sample(self, x0, words, negative, guidance, steps, given):
@@ -1780,6 +1779,12 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def load_start(model, path):
+    """--init_from: the averaged weights of a checkpoint, or bare weights."""
+    state = data.load_checkpoint(path)
+    data.load_weights(model, state.get("ema", state), path)
+
+
 def train_mdsa(cfg, train, val, device):
     """Stage mdsa: train the autoencoder, to OUT/mdsa/ckpt.pt."""
     cfg = dataclasses.replace(
@@ -1794,8 +1799,7 @@ def train_mdsa(cfg, train, val, device):
     model = Autoencoding(cfg)
     mdsa = model.mdsa
     if cfg.init_from:
-        state = data.load_checkpoint(cfg.init_from)
-        data.load_weights(model, state.get("ema", state), cfg.init_from)
+        load_start(model, cfg.init_from)
     elif RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
         clips = [data.to_device(data.make_batch(train, cfg.seed, [i]), "cpu") for i in range(64)]
         for m, stream in mdsa.streams.items():
@@ -1838,97 +1842,79 @@ def finished(mdsa, x):
 
 @torch.no_grad()
 def examine(mdsa, val, device):
-    """PSNR of MDSA on validation clips, beside that of codes that anyone can write down.
+    """Print the PSNR of MDSA on validation clips, beside that of codes that anyone can write down.
 
-    Those are mean color or spectrum, and block means. -> {stream: [MDSA, mean, blocks]}, printed.
-    Raises data.UserError where MDSA does not beat them.
+    Those are, of a video, means over a patch and 4 frames, interpolated; of a sound, its mean
+    spectrum. -> {stream: (MDSA, other)} in dB. Raises data.UserError where MDSA is not better.
     """
     rows = {m: [] for m in mdsa.streams}
     for batch in data.val_batches(val, mdsa.cfg.val_clips, 16):
         batch = data.to_device(batch, device)
         x = mdsa.inputs(batch["video"], batch["audio"])
         out, _, _ = mdsa(x)
-        for m in x:
-            real = x[m].cpu()
-            axes = (1, 3, 4) if m == "v" else (1, 4)  # mean color; mean spectrum
-            mean = real.mean(axes, keepdim=True).expand_as(real)
-            blocks = block_means(real, mdsa.streams[m].patch, mdsa.cfg)
-            row = [psnr(y, real).item() for y in (out[m].cpu(), mean, blocks)]
+        for m, real in x.items():
+            real = real.cpu()  # (B, F, C, H, W)
+            if m == "v":
+                clips = real.transpose(1, 2)
+                means = F.avg_pool3d(clips, (4, mdsa.cfg.patch, mdsa.cfg.patch))
+                other = F.interpolate(means, clips.shape[2:], mode="trilinear").transpose(1, 2)
+            else:
+                other = real.mean((1, 4), keepdim=True).expand_as(real)
+            row = (psnr(out[m].cpu(), real), psnr(other, real))
             rows[m] += [row] * len(real)
-    table = {m: np.mean(rows[m], 0) for m in rows}
-    for m, (ours, mean, blocks) in table.items():
-        what = "color" if m == "v" else "spectrum"
-        say(f"PSNR-{m.upper()}: MDSA {ours:.1f} dB, mean {what} {mean:.1f}, "
-            f"block means {blocks:.1f}")
-        if mdsa.cfg.need_good and ours <= max(mean, blocks):
-            raise data.UserError("The autoencoder does not beat its baselines, nor would a "
-                                 "generator: raise --mdsa_steps, or go on with --need_good false.")
+    table = {m: torch.tensor(rows[m]).mean(0).tolist() for m in rows}
+    for m, (ours, other) in table.items():
+        what = "block means" if m == "v" else "mean spectrum"
+        say(f"PSNR-{m.upper()}: MDSA {ours:.1f} dB, {what} {other:.1f}")
+        if mdsa.cfg.need_good and ours <= other:
+            raise data.UserError(
+                "The autoencoder does not beat its baseline, nor would a generator: raise "
+                "--mdsa_steps, or go on with --need_good false."
+            )
     return table
-
-
-def block_means(x, patch, cfg):
-    """Means over blocks, no more of them than MDSA has numbers, interpolated. (B, F, C, H, W)"""
-    side = cfg.size // cfg.patch
-    budget = (side * side + 2 * cfg.frames * side) * cfg.plane_channels
-    x = x.transpose(1, 2)  # (B, C, F, H, W)
-    frames = 1  # to a block
-    while cfg.frames // frames * side**2 * x.shape[1] > budget and frames < cfg.frames:
-        frames *= 2
-    means = F.avg_pool3d(x, (frames, *patch))
-    return F.interpolate(means, x.shape[2:], mode="trilinear").transpose(1, 2)
 
 
 class Latents(torch.utils.data.Dataset):
     """The first n clips of a data set as planes z_v, z_a; later ones are the same again.
 
-    They are encoded once, into files of CHUNK clips each, of which every process makes its share.
+    They are encoded once, into files of 32 clips, of which every process makes its share.
     """
-
-    CHUNK = 256
 
     def __init__(self, model, dataset, n, name, device):
         self.labels = dataset.labels
         self.n = n
-        self.chunks = []
         # Other weights of MDSA, other files.
         weights = sum(p.cpu().double().abs().sum().item() for p in model.mdsa.parameters())
         folder = f"{model.cfg.out}/latents/{name}_{data.clip_key(n, weights):015x}"
-        paths = []
-        for i, first in enumerate(tqdm(range(0, n, self.CHUNK), f"{name} clips", disable=RANK > 0)):
-            paths.append(Path(f"{folder}/{first:08d}.pt"))
-            if i % WORLD == RANK and not paths[-1].exists():
-                numbers = range(first, min(n, first + self.CHUNK))
-                clips = encode_clips(model, dataset, numbers, device)
-                with data.whole_file(paths[-1]) as new:
+        paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
+        for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):
+            if not Path(paths[i]).exists():
+                batch = data.make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
+                x = data.to_device(batch, device)
+                z = model.encode(model.mdsa.inputs(x["video"], x["audio"]))
+                clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
+                clips |= {name: planes.cpu() for name, planes in z.items()}
+                with data.whole_file(paths[i]) as new:
                     torch.save(clips, new)
         if WORLD > 1:
-            dist.barrier()
-        for path in paths:
-            self.chunks.append(torch.load(path, mmap=True, weights_only=True))
+            dist.barrier()  # all files are there
+        self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        i = i % self.n
-        chunk = self.chunks[i // self.CHUNK]
-        return {name: x[i % self.CHUNK] for name, x in chunk.items()}
+        file = self.files[i % self.n // 32]
+        return {name: values[i % self.n % 32] for name, values in file.items()}
 
 
-def encode_clips(model, dataset, numbers, device):
-    """The clips of these numbers -> {"z_v": (n, 3, R, L, C), "z_a": ..., "caption", "label"}"""
-    parts = []
-    for first in range(0, len(numbers), 16):
-        batch = data.make_batch(dataset, 0, numbers[first : first + 16])
-        moved = data.to_device(batch, device)
-        latents = model.encode(model.mdsa.inputs(moved["video"], moved["audio"]))
-        part = {name: z.cpu() for name, z in latents.items()}
-        parts.append({**part, "caption": batch["caption"], "label": batch["label"].tolist()})
-    clips = {}
-    for name, first in parts[0].items():
-        values = [part[name] for part in parts]
-        clips[name] = sum(values, []) if isinstance(first, list) else torch.cat(values)
-    return clips
+def mdsa_of(state):
+    """The averaged weights of the MDSA in a checkpoint of either stage."""
+    weights = {}
+    for name, p in state.get("ema", {}).items():
+        if name.startswith("mdsa."):
+            weights[name.removeprefix("mdsa.")] = p
+    return weights
 
 
 def train_dit(cfg, train, val, device):
@@ -1936,28 +1922,22 @@ def train_dit(cfg, train, val, device):
     path = f"{cfg.out}/mdsa/ckpt.pt"
     if WORLD > 1:
         dist.barrier()  # the first process has saved it
-    if not Path(path).exists():
-        raise data.UserError(f"Stage dit needs an autoencoder in {path}: run --stage mdsa first.")
     state = data.load_checkpoint(path)
     if state["step"] < state["cfg"]["steps"]:
-        raise data.UserError(f"The autoencoder in {path} is not finished: run --stage mdsa first.")
-    mdsa = {}
-    for name, p in state["ema"].items():
-        if name.startswith("mdsa."):
-            mdsa[name.removeprefix("mdsa.")] = p
-
+        raise data.UserError(f"{path} is not trained to its end: run --stage mdsa first.")
     torch.manual_seed(cfg.seed + 1)
     model = ProAV(cfg)
-    data.load_weights(model.mdsa, mdsa, path)
     if cfg.init_from:
-        state = data.load_checkpoint(cfg.init_from)
-        data.load_weights(model, state.get("ema", state), cfg.init_from)
-    if Path(f"{cfg.out}/ckpt.pt").exists():
-        old = data.load_checkpoint(f"{cfg.out}/ckpt.pt").get("ema", {})
-        for name, p in model.mdsa.state_dict().items():
-            if not torch.equal(old.get(f"mdsa.{name}", p), p):
-                raise data.UserError(f"{cfg.out}/ckpt.pt was trained with another autoencoder: "
-                                     "choose another --out, or move it away.")
+        load_start(model, cfg.init_from)
+    data.load_weights(model.mdsa, mdsa_of(state), path)
+    run = Path(f"{cfg.out}/ckpt.pt")
+    if run.exists():
+        old = mdsa_of(data.load_checkpoint(run))
+        if any(not torch.equal(p, old[name]) for name, p in model.mdsa.state_dict().items()):
+            raise data.UserError(
+                f"{run} was trained with another autoencoder: choose another --out, or move it "
+                "away."
+            )
     model = model.to(device)
     examine(model.mdsa, val, device)
 
@@ -2032,35 +2012,31 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     if captions == [negative_prompt or ""] * n:
         guidance = 1  # away from what it goes to: nothing would change
 
+    words = torch.from_numpy(np.stack([spell(caption, cfg) for caption in captions]))
+    # Noise is drawn on the CPU, for each clip from its own seed: all devices start from the same.
+    keys = torch.tensor([data.clip_key(seed, f"sample {i}") for i in range(n)])
+    x0 = [truncated_normal(model.shape, own) for own in generators(keys, "cpu")]
+    x0 = torch.stack(x0) * model.valid.cpu()
     dtype = precision(cfg, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    flow = ReflectedFlow(model)
     videos = []
     audios = []
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
-        # Noise is drawn on the CPU, for each clip from its own seed: all devices start from it.
-        part = slice(first, min(first + batch_size, n))
-        words = []
-        x0 = []
-        for i in range(part.start, part.stop):
-            words.append(torch.from_numpy(spell(captions[i], cfg)))
-            draw = torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}"))
-            x0.append(truncated_normal(model.shape, draw))
-        words = torch.stack(words).to(device)
-        x0 = torch.stack(x0).to(device) * model.valid
+        part = slice(first, first + batch_size)
         x = model.mdsa.inputs(**{name: y[part].to(device) for name, y in wanted.items()})
+        text = [words[part].to(device), negative, guidance]
         with autocast:
             given = model.encode(x)
-            z = ReflectedFlow(model).sample(
-                x0, words, negative, guidance, steps or cfg.sample_steps, given
-            )
+            z = flow.sample(x0[part].to(device), *text, steps or cfg.sample_steps, given)
             out = model.decode(z)
         v, a = finished(model.mdsa, out)
         videos.append(v)
         audios.append(a)
-
-    # What was given comes back as it was.
     v = torch.cat(videos) if "v" in cfg.streams else None
     a = torch.cat(audios) if "a" in cfg.streams else None
+
+    # What was given comes back as it was.
     if video is not None:
         v = torch.as_tensor(video).expand(v.shape)
     if audio is not None:

@@ -1,4 +1,4 @@
-"""Pieces that stand in several model files carry `# same as FILE.py`: they must stay the same code."""
+"""Pieces that stand in several model files, marked `# same as FILE.py`, must stay the same code."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ FILES = sorted(ROOT.glob("*.py"))
 MODELS = ("mm_diffusion", "latent_mmdiffusion", "uniform_dit", "syncflow", "proav_dit", "cascade")
 MARK = re.compile(r"^# same as (\w+\.py)\n(?:@.*\n)*(?:class|def) (\w+)", re.M)
 
-# What each kind of file may import of the others: sample -> model -> data, metrics; metrics -> data.
+# What a file may import of the others: sample -> model -> data, metrics; metrics -> data.
 OWN = {"data": set(), "metrics": {"data"}, "sample": {"data"}}
 OWN |= {name: {"data", "metrics"} for name in MODELS}
 PACKAGES = {"data": {"torch", "numpy", "soundfile", "imageio", "imageio_ffmpeg", "tqdm"}}
