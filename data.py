@@ -1176,7 +1176,10 @@ class Clips:
                     "they cannot be compared."
                 )
         # Sound alone has no frames and no size: those stay as they were given.
-        self.__dict__.update(shapes[0])
+        self.fps = shape["fps"]
+        self.rate = shape["rate"]
+        self.frames = shape.get("frames", self.frames)
+        self.size = shape.get("size", self.size)
         self.about = f"{len(paths)} .npz in {what}, not compressed"
         self.count = len(clips)
         self.get = clips.__getitem__

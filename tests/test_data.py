@@ -135,7 +135,8 @@ def test_values_are_read_as_python_reads_them(kind, text, value):
     (int, "10.0", "not a whole number"), (int, "True", ""), (int, "1e3", ""), (int, "many", ""),
     (float, "True", "a number"), (float, "1,2", "a number"), (float, "50%", ""),
     (int, "", ""), (bool, "1", "true or false"), (bool, "perhaps", "true or false"),
-    (tuple, "a,b", "commas"), (tuple, "1;2", "commas"), (tuple, "1,,2", "commas"), (tuple, "'12'", "commas"),
+    (tuple, "a,b", "commas"), (tuple, "1;2", "commas"), (tuple, "1,,2", "commas"),
+    (tuple, "'12'", "commas"),
 ])
 def test_wrong_values_are_refused(kind, text, says):
     with pytest.raises(argparse.ArgumentTypeError) as error:
