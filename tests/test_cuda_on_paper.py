@@ -1,0 +1,359 @@
+"""Every model file trains, resumes and samples on "cuda", on paper: see cuda_on_paper.py."""
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_on_paper import cuda_on_paper
+from torch.overrides import TorchFunctionMode
+
+import data
+import mm_diffusion as mm
+
+ROOT = Path(__file__).parent.parent
+
+# What all runs have: a training step, and validation, a checkpoint and samples before and after.
+SHORT = """
+    --device cuda --data toy --preset toy --workers 0 --frames 2 --fps 10 --lr_end 1
+    --log_every 1 --eval_every 1000 --val_clips 1 --samples 1 --sample_steps 1
+"""
+TINY_MM = f"""
+    {SHORT} --size 8 --rate 160 --batch_size 2 --width 8 --mult 1,2 --norm_groups 4 --heads 2
+    --cross_head_dim 8 --video_attention 2 --cross_attention 2 --windows 1 --random_shift true
+"""
+TINY_SR = f"""
+    {SHORT} --stage sr --size 8 --windows 1,1 --sr_size 16 --rate 160 --sr_batch_size 2
+    --norm_groups 4 --sr_width 8 --sr_mult 1,2 --sr_attention 2 --sr_sample_steps 1
+"""
+
+
+@dataclass
+class Case:
+    """A training command of a model file."""
+
+    module: object
+    options: str
+    steps: str = "--steps"  # the option that says how long it is
+    checkpoint: str = "run/ckpt.pt"
+    samples: bool = True  # sample() takes what it trains
+    silent: tuple = ("loss", "forward")  # functions in and below which nothing may wait
+
+    def __post_init__(self):
+        # The lines of a training step in fit: from its random seed to the row of the log.
+        lines, first = inspect.getsourcelines(self.module.fit)
+        start = [i for i, line in enumerate(lines) if "torch.manual_seed(" in line]
+        end = [i for i, line in enumerate(lines) if "history.append(" in line]
+        self.step_lines = range(first + start[0], first + end[0])
+
+
+# A model file is a line or two here.
+CASES = {
+    "mm": Case(mm, f"{TINY_MM} --mu_law 255 --motion_weight 4 --dropout 0.1"),
+    "mm-eq7": Case(mm, f"{TINY_MM} --prediction eps --optimizer adamw"),
+    "mm-sr": Case(mm, TINY_SR, "--sr_steps", "run/sr/ckpt.pt", samples=False),
+}
+
+
+def train(case, steps, *more):
+    """The command of a case, to so many steps, in the folder that we are in -> Seen."""
+    words = case.options.split()
+    words += ["--out", "run", case.steps, str(steps)]
+    with cuda_on_paper(ROOT) as seen:
+        case.module.main(words + list(more))
+    return seen
+
+
+def waits_in_steps(seen, case):
+    """The waits during training steps, those of what a step calls included."""
+    found = {}
+    for wait, n in seen.waits.items():
+        for _, line, function in wait.stack:
+            if function == "fit" and line in case.step_lines:
+                found[wait] = n
+    return found
+
+
+def check(seen, case, steps):
+    """It ran on cuda, and waited once in every step: for the figures that fit reads."""
+    assert seen.count > 1000
+    assert not seen.waits_below(*case.silent), seen.report()
+    found = waits_in_steps(seen, case)
+    for wait in found:
+        assert wait.what == "to the CPU" and wait.stack[0][2] == "fit", seen.report()
+    assert sum(found.values()) == steps, seen.report()
+
+
+# ---- The model files
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_training_resuming_and_sampling(case, amp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(train(case, 1, "--amp", amp), case, 1)
+    assert list(Path(case.checkpoint).parent.glob("samples/*"))
+    check(train(case, 2, "--amp", amp), case, 1)  # not two: it goes on
+    if not case.samples:
+        return
+    with cuda_on_paper(ROOT) as seen:
+        model = case.module.load(case.checkpoint, "cuda")
+        assert all(p.device.type == "cuda" for p in model.state_dict().values())
+        video, audio = case.module.sample(model, 2, seed=1)
+        assert video.device.type == audio.device.type == "cpu"
+        assert len(video) == len(audio) == 2
+    assert seen.count > 1000
+    assert not seen.waits_below("forward"), seen.report()
+
+
+@pytest.mark.parametrize("name", ["mm", "mm-sr"])
+def test_saving_memory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = "--checkpoint true --grad_accum 2 --amp bf16".split()
+    check(train(CASES[name], 1, *more), CASES[name], 1)
+
+
+def mm_model(*more):
+    torch.manual_seed(0)
+    return mm.build(mm.parse([*TINY_MM.split(), *more])).to("cuda").eval()
+
+
+@pytest.mark.parametrize("method", ["replace", "gradient", "released"])
+def test_mm_given_a_part(method):
+    with cuda_on_paper(ROOT) as seen:
+        model = mm_model("--method", method, "--amp", "bf16")
+        clip = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+        video, _ = mm.sample(model, 2, video=clip)
+        assert video.device.type == "cpu"
+        _, audio = mm.sample(model, 1, audio=torch.zeros(32))
+        assert audio.device.type == "cpu"
+    assert seen.count > 1000
+    assert not seen.waits_below("forward"), seen.report()
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "dpm3", "ddpm"])
+def test_mm_samplers(sampler):
+    one_block = "--mult 1 --video_attention 1 --cross_attention 1 --diffusion_steps 25".split()
+    with cuda_on_paper(ROOT) as seen:
+        model = mm_model("--sampler", sampler, "--seconds", "0.3", *one_block)
+        video, audio = mm.sample(model, 1, steps=2)
+        assert video.shape[1] == 3 and audio.shape[1] == 48
+    assert seen.count > 1000
+    assert not seen.waits_below("forward"), seen.report()
+
+
+@pytest.mark.parametrize("residual", ["0.035", "0"])
+def test_mm_enlarges(residual, tmp_path):
+    path = f"{tmp_path}/sr.pt"
+    cfg = mm.sr_config(mm.parse([*TINY_SR.split(), "--sr_residual", residual]))
+    network = mm.build(cfg)
+    data.save_checkpoint(path, 1, cfg, {"ema": network})
+    with cuda_on_paper(ROOT) as seen:
+        video, _ = mm.sample(mm_model("--sr_ckpt", path, "--amp", "fp16"), 1)
+        assert video.shape == (1, 2, 16, 16, 3)
+    assert not seen.waits_below("forward"), seen.report()
+
+
+# ---- Copies to the device
+
+
+class Copies(TorchFunctionMode):
+    """Notes how Tensor.to is called with a device, and copies nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.non_blocking = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            self.non_blocking.append(kwargs.get("non_blocking", False))
+            return args[0]
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu", "mps", "xpu"])
+def test_to_device_waits_but_on_cuda(device):
+    clips = data.open_dataset("toy", "train", 2, 8, 10, 160)
+    batch = data.make_batch(clips, 0, [0, 1])
+    with Copies() as copies:
+        data.to_device(batch, torch.device(device))
+    assert copies.non_blocking == [device.startswith("cuda")] * 2
+
+
+def test_to_device_on_paper():
+    clips = data.open_dataset("toy", "train", 2, 8, 10, 160)
+    batch = data.make_batch(clips, 0, [0, 1])
+    with cuda_on_paper(ROOT) as seen:
+        moved = data.to_device(batch, torch.device("cuda"))
+        places = {name: x.device.type for name, x in moved.items() if torch.is_tensor(x)}
+    assert places == {"video": "cuda", "audio": "cuda", "key": "cpu", "label": "cpu"}
+    assert seen.count and not seen.waits
+
+
+# ---- What the tool must catch
+
+
+def test_a_table_left_on_the_cpu():
+    with cuda_on_paper(ROOT):
+        table = torch.linspace(0, 1, 4)
+        x = torch.ones(4, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            x * table
+        with pytest.raises(RuntimeError, match="same device"):
+            table[torch.zeros(4, device="cuda", dtype=torch.long)]
+        # As on CUDA, these are allowed: numbers, and indices.
+        assert (x * table[0]).device.type == "cuda"
+        assert x[torch.tensor([0, 1])].shape == (2,)
+
+
+def test_a_table_left_on_the_cpu_by_a_model(tmp_path, monkeypatch):
+    """The alphas of the diffusion, which training reads by the steps that it draws."""
+
+    def build_process(cfg, device):
+        return mm.Diffusion(cfg, "cpu")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mm, "build_process", build_process)
+    with pytest.raises(RuntimeError, match="same device"):
+        train(CASES["mm-eq7"], 1)
+
+
+def test_a_table_in_backward():
+    """A wrong gradient shows up, although C++ code calls what computes it."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.full((3,), 2.0)
+
+    with cuda_on_paper(ROOT):
+        x = torch.ones(3, device="cuda", requires_grad=True)
+        with pytest.raises(RuntimeError, match="same device"):
+            Double.apply(x).sum().backward()
+
+
+@pytest.mark.parametrize("of, to", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_generator_on_another_device(of, to):
+    with cuda_on_paper(ROOT):
+        generator = torch.Generator(of).manual_seed(1)
+        assert torch.rand(3, generator=generator, device=of).device.type == of
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, generator=generator, device=to)
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.empty(3, device=to).normal_(generator=generator)
+
+
+def test_a_blocking_copy_in_a_loss():
+    def loss(x, blocking):
+        weight = torch.arange(3.0).to("cuda", non_blocking=not blocking)
+        return helper(x * weight)
+
+    def helper(x):
+        return x.mean()
+
+    with cuda_on_paper(ROOT) as seen:
+        x = torch.ones(3, device="cuda")
+        loss(x, False)
+        assert not seen.waits
+        loss(x, True)
+    (wait,) = seen.waits_below("loss")
+    assert wait.what == "from the CPU" and wait.stack[0][2] == "loss"
+    assert not seen.waits_below("helper")
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_an_item_in_forward(checkpoint):
+    """Also where forward runs once more, in backward."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x / self.size(x))
+
+        def size(self, x):
+            return x.abs().max().item()
+
+    with cuda_on_paper(ROOT) as seen:
+        layer = Scaled(3, 3, device="cuda")
+        x = torch.ones(2, 3, device="cuda", requires_grad=True)
+        if checkpoint:
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        else:
+            y = layer(x)
+        y.sum().backward()
+    (wait,) = {w.what: w for w in seen.waits_below("forward")}.values()
+    assert wait.what == "item" and wait.stack[0][2] == "size"
+    assert sum(seen.waits.values()) == 1 + checkpoint
+
+
+READERS = {
+    "float": float,
+    "bool": bool,
+    "int": int,
+    "if": lambda x: 1 if x > 0 else 0,
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_reading_a_tensor(read):
+    def loss(x):
+        return read(x.sum())
+
+    with cuda_on_paper(ROOT) as seen:
+        loss(torch.ones(3, device="cuda"))
+    assert sum(seen.waits_below("loss").values()) == 1
+
+
+def test_a_mask_as_an_index():
+    """How many values it picks is known on the device alone: no shape without a wait."""
+    with cuda_on_paper(ROOT) as seen:
+        x = torch.ones(3, device="cuda")
+        x[x > 0] = 1.0  # this picks none: it looks at each
+        assert not seen.waits
+        x[x > 0] = torch.ones(3, device="cuda")
+        assert sum(seen.waits.values()) == 1
+        with pytest.raises(NotImplementedError):
+            x[x > 0]
+
+
+def test_a_wait_in_a_real_step(tmp_path, monkeypatch):
+    """A loss that looks at its own value, once in each of two parts."""
+    right = mm.EDM.loss
+
+    def loss(self, model, batch, t=None):
+        value, parts = right(self, model, batch, t)
+        assert float(value) < 100
+        return value, parts
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mm.EDM, "loss", loss)
+    seen = train(CASES["mm"], 1, "--grad_accum", "2")
+    assert sum(waits_in_steps(seen, CASES["mm"]).values()) == 3
+    with pytest.raises(AssertionError, match="item"):
+        check(seen, CASES["mm"], 1)
+
+
+def test_types_under_autocast():
+    with cuda_on_paper(ROOT):
+        x = torch.ones(2, 4, device="cuda")
+        layer = torch.nn.Linear(4, 4, device="cuda")
+        with torch.autocast("cuda", torch.float16):
+            y = layer(x)
+            assert y.dtype == torch.float16
+            assert F.layer_norm(y, (4,)).dtype == torch.float32
+            assert (y + x).dtype == torch.float32  # arithmetic promotes
+            assert torch.cat([y, x]).dtype == torch.float32
+            assert (x.double() @ x.double().T).dtype == torch.float64  # left as it is
+        assert layer(x).dtype == torch.float32
+        # Outside of autocast, or in an operation that it does not know, torch refuses the mix.
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(y)
+        with torch.autocast("cuda", torch.float16), pytest.raises(RuntimeError):
+            x.lerp(y, 0.5)
