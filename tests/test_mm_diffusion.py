@@ -379,7 +379,7 @@ def test_paths_go_from_noise_to_the_clip(kind):
 
 
 def test_steps_are_uniform_or_log_normal():
-    """Eq. 7's are uniform. Half of EDM's noise lies below exp(mean), a sixth above one deviation."""
+    """Eq. 7's are uniform. Half of EDM's noise is below exp(mean), a sixth a deviation above it."""
     u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mm.Diffusion(tiny()).draw_steps(u), (u * 1000).long())
     process = mm.EDM(tiny("--noise_levels", "0.5,1.5"))
@@ -643,12 +643,22 @@ def test_old_checkpoints_load_for_sampling_but_do_not_go_on(checkpoint, tmp_path
     model = mm.load(tmp_path / "ckpt.pt")
     assert apart(model.state_dict(), ema) == 0
     assert mm.sample(model, 1)[1].shape == (1, 1600)
-    mm.main([*TINY, "--steps", "1", "--out", str(tmp_path / "new"), "--init_from",
-             str(tmp_path / "ckpt.pt")])
+    # Of weights alone, a new run can start.
+    new = ["--steps", "1", "--out", str(tmp_path / "new")]
+    mm.main([*TINY, *new, "--init_from", str(tmp_path / "ckpt.pt")])
     with pytest.raises(SystemExit, match="is of an older version") as stop:
         mm.main([*TINY, "--steps", "2", "--out", str(tmp_path)])
     assert "\n" not in stop.value.code
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_an_old_checkpoint_whose_sampler_is_gone_says_so(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["sampler"] = "dpm_adaptive"
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(data.UserError, match="--sampler must be one of dpm, "):
+        mm.load(tmp_path / "ckpt.pt")
+    assert mm.load(tmp_path / "ckpt.pt", options=["--sampler", "ddim"]).cfg.sampler == "ddim"
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_kept(checkpoint, tmp_path, monkeypatch):
@@ -717,7 +727,8 @@ def test_the_default_preset_follows_the_data_and_is_said(capsys, monkeypatch):
         assert cfg.width == mm.PRESETS[preset].get("width", mm.Config.width)
         printed = capsys.readouterr().out
         assert f"--preset {preset}" in printed
-        assert f"--data is {(name or 'toy').split(':')[0]}" in printed
+        why = "has no preset of its own" if preset == "small" else "is so called"
+        assert f"--data {name.split(':')[0] or 'toy'} {why}" in printed
     # Asked for, or already said by the first process: nothing to say.
     mm.parse(["--preset", "small"])
     monkeypatch.setattr(mm, "RANK", 1)
@@ -768,7 +779,7 @@ def test_presets_build_and_divide(preset):
     ("--amp int8", "--amp"),
     ("--streams x", "--streams"),
     ("--steps 0", "--steps 0 is too small"),
-    ("--mult 0", "--mult and --sr_mult need"),
+    ("--mult 0", "--width times every --mult"),
     ("--batch_size 6 --grad_accum 4", "does not divide by 4"),
     ("--size 30 --mult 1,2,4", "--size"),
     ("--rate 4005", "multiple of 4"),
