@@ -208,7 +208,7 @@ def paired_kl(real, fake, variant="softmax"):
 
 def cosine_score(u, v):
     """The mean of u_i . v_i / |u_i| |v_i|: CLAP or ImageBind score of embeddings (n, D), or
-    (n, S, D) of segments, averaged within a clip first -> (mean, floor: with v rolled by one clip)."""
+    (n, S, D) of segments, averaged by clip first -> (mean, floor: with v rolled by one clip)."""
     u = rows(u).view(torch.as_tensor(u).shape)
     v = rows(v).view(torch.as_tensor(v).shape)
     means = []
@@ -431,7 +431,7 @@ def audio_features(audio, rate):
     convolutions of them."""
     mel = log_mel(audio, rate)  # (B, 64, T)
     filters = random_filters(1, (32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3))
-    image = (mel[:, None] + 6) / 4  # (B, 1, 64, T), of about mean 0 and deviation 1
+    image = (mel[:, None] + 6) / 4  # (B, 1, 64, T), of about deviation 1
     stats, _ = random_features(image, filters, (1, 2, 2), (0, 0, 0))
     return torch.cat([mel.mean(2) / 4, mel.std(2) / 4, *stats], 1)
 
@@ -443,10 +443,13 @@ def standardize(x):
 
 def joint_features(motion, rise):
     """Envelopes (n, F) of seen motion and heard rises -> (n, 9): their correlation at lags of
-    -4 ... 4 frames, mean_t motion(t + lag) rise(t). It tells whether sound and picture match."""
+    -4 ... 4 frames, mean_t motion(t + lag) rise(t). It tells whether sound and picture match.
+    ValueError when the two differ in length."""
+    frames = motion.shape[1]
+    if frames != rise.shape[1]:
+        raise ValueError(f"There are {frames} frames of video and sound for {rise.shape[1]}.")
     x = standardize(motion)
     y = standardize(rise)
-    frames = x.shape[1]
     correlations = []
     for lag in range(-4, 5):
         if lag >= 0:
@@ -772,8 +775,8 @@ def lda(x, labels, dims=48, shrinkage=0.2, temperature=10.0):
     x = x @ axes
     means = torch.stack([x[y == k].mean(0) for k in range(len(names))])  # (K, dims)
     cov = torch.cov((x - means[y]).T, correction=0)
-    ridge = cov.trace() / len(cov) * torch.eye(len(cov))
-    cov = (1 - shrinkage) * cov + shrinkage * ridge
+    ridge = shrinkage * cov.trace() / len(cov)  # few clips know little of a covariance
+    cov = (1 - shrinkage) * cov + ridge * torch.eye(len(cov))
     # log p(k | x) = x . S^-1 m_k - m_k . S^-1 m_k / 2 + what is the same for all classes k
     weight = torch.linalg.solve(cov, means.T)  # (dims, K)
     bias = (means.T * weight).sum(0) / 2
@@ -901,11 +904,15 @@ def compare_classes(kind, real, fake, key):
     """How well a classifier of the real clips finds the labels (`key`) of the fake ones -> rows for
     compare(). Beside it: one of the first half of the real clips, tried on the second."""
     x = real[kind]
+    labels = real[key]
     half = len(x) // 2
-    classifier = lda(x, real[key])
-    trial = lda(x[:half], real[key][:half])
+    # Nothing to tell apart, or so few clips that none shares its class with another.
+    if len(set(labels)) < 2 or len(set(labels[:half])) == half:
+        return {}
+    classifier = lda(x, labels)
+    trial = lda(x[:half], labels[:half])
     right = accuracy(classifier, fake[kind], fake[key])
-    right_of_real = accuracy(trial, x[half:], real[key][half:])
+    right_of_real = accuracy(trial, x[half:], labels[half:])
     classify, names = classifier
     return {
         f"accuracy_{key}_{kind}_builtin": [right, 1 / len(names), right_of_real],
@@ -943,10 +950,9 @@ def compare(real, fake, tags, fps, logits=False):
             score_of_real, _, _ = inception_score(x, 10)
             table[f"is_{kind}_{tag}"] = [score, math.nan, score_of_real]
             table[f"kl_{kind}_{tag}"] = [paired_kl(x, y), paired_kl(x, y.roll(1, 0))]
-        for key in ("label", "color"):
-            classes = set(real.get(key, ()))
-            heard = key == "label" or kind == "video"  # colors have no sound
-            if tag == "builtin" and len(classes) > 1 and key in fake and heard:
+        keys = ("label", "color") if kind == "video" else ("label",)  # colors have no sound
+        for key in keys:
+            if tag == "builtin" and key in real and key in fake:
                 table |= compare_classes(kind, real, fake, key)
     if all(key in seen for key in ("motion", "rise") for seen in (real, fake)):
         table |= compare_alignment(real, fake, fps)
