@@ -120,7 +120,7 @@ class Config:
     data_std: tuple = (0.5, 0.2)  # edm: their standard deviations; these weight the loss
     skip_std: tuple = (0.1, 0.2)  # edm: noise above this is not passed on to the estimate
     noise_levels: tuple = (0.7, 2.0)  # edm: mean and deviation of ln(sigma / alpha) in training
-    motion_weight: float = 0.0  # edm: how much more a moving pixel counts in training
+    motion_weight: float = 0.0  # edm: how much more moving pixels count in training, at most
     mu_law: float = 0.0  # edm: diffuse the sound as its mu-law code with this mu; 0: as it is
     # sampling
     sampler: str = "dpm"  # dpm, dpm3, ddim or ddpm; where a part is given, ddpm or else ddim
@@ -189,9 +189,11 @@ PRESETS = {
         sr_lr=6e-3,
         prediction="edm",
         data_mean=(-0.55, 0.0),
-        data_std=(0.42, 0.165),
-        skip_std=(0.1, 0.165),
+        data_std=(0.42, 0.37),
+        skip_std=(0.05, 0.37),
         noise_levels=(1.2, 1.6),
+        motion_weight=6.0,
+        mu_law=31.0,
         sampler="ddim",
         steps=620,
         batch_size=4,
@@ -1029,7 +1031,8 @@ class EDM(Diffusion):
         """1 + noise^2 / std^2: the error of x_0 in units of what mean and deviation leave open."""
         weight = spread(1 + (self.noise[t] / self.std[k]) ** 2, x0)
         if k == "v" and self.cfg.motion_weight:
-            weight = weight * motion_weight(x0, self.cfg.motion_weight)
+            # Most where noise is high: there it is decided what moves where, and its color.
+            weight = weight * motion_weight(x0, self.cfg.motion_weight * self.sigma[t] ** 2)
         return weight
 
     def path(self, steps):
@@ -1052,13 +1055,13 @@ def motion_weight(video, k):
     """1 + k m for every pixel, less for all of a clip so that its mean is 1 -> (B, F, 1, H, W).
 
     m in [0, 1] tells what moves: how far a pixel of video (B, F, 3, H, W) is from its median over
-    time, beyond what the frame as a whole is (a flash is no motion).
+    time, beyond what the frame as a whole is (a flash is no motion). k: a number for each clip.
     """
-    change = (video - video.median(dim=1, keepdim=True)[0]).abs().mean(2)  # (B, F, H, W)
-    frame = change.flatten(2).median(dim=2)[0][:, :, None, None]  # (B, F, 1, 1)
-    m = (2 * (change - frame)).clamp(0, 1)
-    m = F.avg_pool2d(m, 3, stride=1, padding=1)[:, :, None]  # (B, F, 1, H, W)
-    weight = 1 + k * m
+    change = video - video.median(dim=1, keepdim=True)[0]
+    frame = change.flatten(3).median(dim=3)[0]  # (B, F, 3)
+    m = 2 * (change - frame[..., None, None]).abs().mean(2)  # (B, F, H, W)
+    m = F.avg_pool2d(m.clamp(max=1), 3, stride=1, padding=1)
+    weight = 1 + spread(k, video) * m[:, :, None]  # (B, F, 1, H, W)
     return weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
