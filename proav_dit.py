@@ -751,13 +751,13 @@ class MDSA(nn.Module):
         if cfg.biblock and cfg.streams == "av":
             self.biblock = CrossPair(cfg, cfg.blocks)
 
-    def inputs(self, video=None, audio=None):
-        """Video (B, F, 3, H, W), waveform (B, 1, L) -> the streams at hand that are modeled."""
+    def inputs(self, batch):
+        """A batch, or one of its streams alone, on the device -> what encode() takes."""
         x = {}
-        if "v" in self.streams and video is not None:
-            x["v"] = video
-        if "a" in self.streams and audio is not None:
-            x["a"] = self.mel(audio)  # (B, F, 1, M, K)
+        if "v" in self.streams and "video" in batch:
+            x["v"] = batch["video"]  # (B, F, 3, H, W)
+        if "a" in self.streams and "audio" in batch:
+            x["a"] = self.mel(batch["audio"])  # (B, F, 1, M, K)
         return x
 
     def encode(self, x):
@@ -1223,7 +1223,7 @@ class STDiT(nn.Module):
 
         # Tables: where tokens are, and which exist (None: all).
         mask = None
-        if not valid.all():
+        if cfg.size // cfg.patch != cfg.frames:
             mask = valid[:, ::2].repeat_interleave(columns, 1)  # (P, S)
         self.register_buffer("mask", mask, persistent=False)
         places = place_embedding(rows, columns, D)  # (S, D)
@@ -1473,7 +1473,7 @@ class ReflectedFlow:
 
     def loss_of_clips(self, net, batch, t=None):
         """The same of a batch of clips, which are encoded on the way."""
-        x = self.model.mdsa.inputs(batch["video"], batch["audio"])
+        x = self.model.mdsa.inputs(batch)
         return self.loss(net, {**batch, **self.model.encode(x)}, t)
 
     def draw(self, keys, device):
@@ -1485,10 +1485,10 @@ class ReflectedFlow:
             x0.append(truncated_normal(self.model.shape, own))
         return torch.stack(x0) * self.model.valid, torch.stack(t)
 
-    def sample(self, x0, words, negative, guidance, steps, given):
+    def sample(self, x0, words, negative, guidance, steps, known):
         """Stacked planes from x_0 (B, P, R, L, C), by classifier-free guidance v_n + w (v_c - v_n).
 
-        words (B, M, ...) and those of the negative prompt, the same for all clips. given: z_v or
+        words (B, M, ...) and those of the negative prompt, the same for all clips. known: z_v or
         z_a of a stream at hand; it is led along its straight line, not by the network (ours: the
         paper has no conditional task).
         """
@@ -1504,9 +1504,9 @@ class ReflectedFlow:
                 v_c, v_n = v.chunk(2)
                 v = v_n + guidance * (v_c - v_n)
             for i, m in enumerate(self.cfg.streams):
-                if f"z_{m}" in given:
+                if f"z_{m}" in known:
                     planes = slice(3 * i, 3 * i + 3)
-                    v[:, planes] = given[f"z_{m}"] - x0[:, planes]
+                    v[:, planes] = known[f"z_{m}"] - x0[:, planes]
             return v
 
         return euler(velocity, x0, steps)
@@ -1675,6 +1675,11 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     # Go on where an earlier run stopped. Of its log, drop what is about to be done again.
     run = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
     start = data.resume(f"{cfg.out}/ckpt.pt", cfg, run)
+    if WORLD > 1:
+        starts = [start] * WORLD
+        dist.all_gather_object(starts, start)
+        if min(starts) < max(starts):
+            raise data.UserError(f"{cfg.out} must be one folder for all nodes, on a shared disk.")
     if RANK == 0:
         data.trim_log(f"{cfg.out}/log.csv", start)
 
@@ -1803,7 +1808,7 @@ def train_mdsa(cfg, train, val, device):
     elif RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
         clips = [data.to_device(data.make_batch(train, cfg.seed, [i]), "cpu") for i in range(64)]
         for m, stream in mdsa.streams.items():
-            start_closed_form(stream, [mdsa.inputs(c["video"], c["audio"])[m] for c in clips])
+            start_closed_form(stream, [mdsa.inputs(clip)[m] for clip in clips])
     model = model.to(device)
     if WORLD > 1:  # the other processes get that start from the first
         for p in model.parameters():
@@ -1812,7 +1817,7 @@ def train_mdsa(cfg, train, val, device):
 
     def loss(net, batch, t=None):
         # An autoencoder knows no noise levels: the four quarters of its validation are equal.
-        x = mdsa.inputs(batch["video"], batch["audio"])
+        x = mdsa.inputs(batch)
         if t is None and batch["step"] >= cfg.disc_start:
             frame, eps = model.draw(batch["key"], device)
             return net(x, True, frame, eps)
@@ -1823,7 +1828,7 @@ def train_mdsa(cfg, train, val, device):
 
     @torch.no_grad()
     def rebuilt(ema):
-        out, _, _ = ema.mdsa(ema.mdsa.inputs(shown["video"], shown["audio"]))
+        out, _, _ = ema.mdsa(ema.mdsa.inputs(shown))
         return finished(ema.mdsa, out)
 
     fit(model, loss, cfg, train, val, rebuilt)
@@ -1850,7 +1855,7 @@ def examine(mdsa, val, device):
     rows = {m: [] for m in mdsa.streams}
     for batch in data.val_batches(val, mdsa.cfg.val_clips, 16):
         batch = data.to_device(batch, device)
-        x = mdsa.inputs(batch["video"], batch["audio"])
+        x = mdsa.inputs(batch)
         out, _, _ = mdsa(x)
         for m, real in x.items():
             real = real.cpu()  # (B, F, C, H, W)
@@ -1891,7 +1896,7 @@ class Latents(torch.utils.data.Dataset):
             if not Path(paths[i]).exists():
                 batch = data.make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
                 x = data.to_device(batch, device)
-                z = model.encode(model.mdsa.inputs(x["video"], x["audio"]))
+                z = model.encode(model.mdsa.inputs(x))
                 clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
                 clips |= {name: planes.cpu() for name, planes in z.items()}
                 with data.whole_file(paths[i]) as new:
@@ -1933,11 +1938,12 @@ def train_dit(cfg, train, val, device):
     run = Path(f"{cfg.out}/ckpt.pt")
     if run.exists():
         old = mdsa_of(data.load_checkpoint(run))
-        if any(not torch.equal(p, old[name]) for name, p in model.mdsa.state_dict().items()):
-            raise data.UserError(
-                f"{run} was trained with another autoencoder: choose another --out, or move it "
-                "away."
-            )
+        for name, p in model.mdsa.state_dict().items():
+            if not torch.equal(old.get(name, p), p):
+                raise data.UserError(
+                    f"{run} was trained with another autoencoder: choose another --out, or move it "
+                    "away."
+                )
     model = model.to(device)
     examine(model.mdsa, val, device)
 
@@ -1974,7 +1980,10 @@ def captions_for(n, prompt, label):
 
 
 def condition(cfg, n, video, audio):
-    """The video or sound that sample() was given, n of them, as MDSA.inputs() takes it: a dict."""
+    """What sample() was given, for n clips: {}, or "video" (n, F, H, W, 3), or "audio" (n, L).
+
+    Raises data.UserError for what is not one window, or n of them.
+    """
     if video is None and audio is None:
         return {}
     if cfg.streams != "av" or (video is not None and audio is not None):
@@ -1982,13 +1991,14 @@ def condition(cfg, n, video, audio):
     length = cfg.frames * cfg.rate // cfg.fps
     try:
         if video is not None:
-            v = torch.as_tensor(video).movedim(-1, -3).float() / 127.5 - 1  # ([n,] F, 3, H, W)
-            return {"video": v.expand(n, cfg.frames, 3, cfg.size, cfg.size)}
-        a = torch.as_tensor(audio).float().unsqueeze(-2)  # ([n,] 1, L)
-        return {"audio": a.expand(n, 1, length)}
+            shape = (n, cfg.frames, cfg.size, cfg.size, 3)
+            return {"video": torch.as_tensor(video).expand(shape)}
+        return {"audio": torch.as_tensor(audio).float().expand(n, length)}
     except RuntimeError:  # of expand()
-        raise data.UserError(f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} "
-                             f"pixels, or {length} samples.") from None
+        raise data.UserError(
+            f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} pixels, or "
+            f"{length} samples."
+        ) from None
 
 
 @torch.no_grad()
@@ -2004,7 +2014,7 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     cfg = model.cfg
     device = next(model.parameters()).device
     captions = captions_for(n, prompt, label)
-    wanted = condition(cfg, n, video, audio)
+    given = condition(cfg, n, video, audio)
     guidance = cfg.guidance if guidance is None else guidance
     if not isinstance(negative_prompt or "", str):
         raise data.UserError("--negative_prompt is one text for all clips.")
@@ -2024,24 +2034,19 @@ def sample(model, n, *, prompt=None, negative_prompt=None, label=None, video=Non
     audios = []
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         part = slice(first, first + batch_size)
-        x = model.mdsa.inputs(**{name: y[part].to(device) for name, y in wanted.items()})
+        x = data.to_device({name: y[part] for name, y in given.items()}, device)
         text = [words[part].to(device), negative, guidance]
         with autocast:
-            given = model.encode(x)
-            z = flow.sample(x0[part].to(device), *text, steps or cfg.sample_steps, given)
+            known = model.encode(model.mdsa.inputs(x))
+            z = flow.sample(x0[part].to(device), *text, steps or cfg.sample_steps, known)
             out = model.decode(z)
         v, a = finished(model.mdsa, out)
         videos.append(v)
         audios.append(a)
     v = torch.cat(videos) if "v" in cfg.streams else None
     a = torch.cat(audios) if "a" in cfg.streams else None
-
     # What was given comes back as it was.
-    if video is not None:
-        v = torch.as_tensor(video).expand(v.shape)
-    if audio is not None:
-        a = torch.as_tensor(audio).float().expand(a.shape)
-    return v, a
+    return given.get("video", v), given.get("audio", a)
 
 
 def load(path, device="cpu", options=()):
