@@ -1,8 +1,7 @@
 """Metrics for video with sound: the numbers of the papers, offline, as functions and a command.
 
     python metrics.py --real toy --fake out/mm_diffusion/samples_001 --n 2048 --json out.json
-    python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts \
-        --audio_features vggish16k:vggish.ts
+    python metrics.py --real concerts --fake DIR --video_features i3d:i3d.ts
     torchrun --nproc_per_node=2 -- metrics.py ...   # the same numbers
     python tests/ladder.py                          # do they grow with corruption?
 
@@ -446,16 +445,15 @@ def joint_features(motion, rise):
     -4 ... 4 frames, mean_t motion(t + lag) rise(t). It tells whether sound and picture match.
     ValueError when the two differ in length."""
     frames = motion.shape[1]
-    if frames != rise.shape[1]:
+    if rise.shape[1] != frames:
         raise ValueError(f"There are {frames} frames of video and sound for {rise.shape[1]}.")
     x = standardize(motion)
     y = standardize(rise)
     correlations = []
     for lag in range(-4, 5):
-        if lag >= 0:
-            product = x[:, lag:] * y[:, :frames - lag]
-        else:
-            product = x[:, :frames + lag] * y[:, -lag:]
+        first = max(lag, 0)  # of x
+        other = max(-lag, 0)  # of y
+        product = x[:, first:frames - other] * y[:, other:frames - first]
         correlations.append(product.mean(1))
     return torch.stack(correlations, 1)
 
@@ -590,14 +588,15 @@ def refine_flow(first, second, flow):
     return torch.stack([dx, dy], 1) / determinant[:, None]  # (P, 2, h, w)
 
 
-def shrink(gray, k):
+PYRAMID = ((3, 3.5, 9), (2, 1.5, 4), (1, 0.5, 1), (0, 0.8, 1))  # halvings, sigma and radius of blur
+
+
+def shrink(gray, k, sigma, radius):
     """Gray frames (..., H, W) -> blurred, and halved k times."""
-    sigma = (2 ** k - 1) / 2 or 0.8
-    taps = max(round(2.5 * (2 ** k - 1)) | 1, 3)  # an odd number
-    weights = tuple(gaussian(sigma, taps // 2))
+    taps = tuple(gaussian(sigma, radius))
     H, W = gray.shape[-2:]
-    down = filter_matrix(weights, H, "reflect", 0.5 ** k)
-    across = filter_matrix(weights, W, "reflect", 0.5 ** k)
+    down = filter_matrix(taps, H, "reflect", 0.5 ** k)
+    across = filter_matrix(taps, W, "reflect", 0.5 ** k)
     return down.T @ (gray @ across)
 
 
@@ -606,10 +605,10 @@ def optical_flow(gray):
     the right and down: from coarse to fine, as a fit sees only motions within its window."""
     B, frames, H, W = gray.shape
     flow = gray.new_zeros(B * (frames - 1), 2, 1, 1)
-    for k in (3, 2, 1, 0):  # the frames are halved k times
-        if k > 0 and min(H, W) < 32 * 2 ** k:
+    for k, sigma, radius in PYRAMID:
+        if k > 0 and min(H, W) < 32 * 2 ** k:  # too small to be halved so often
             continue
-        fit = quadratic_fit(shrink(gray, k))  # (5, B, F, h, w)
+        fit = quadratic_fit(shrink(gray, k, sigma, radius))  # (5, B, F, h, w)
         first = fit[:, :, :-1].flatten(1, 2)  # (5, P, h, w), P = B (F - 1) pairs of frames
         second = fit[:, :, 1:].flatten(1, 2)
         flow = 2 * F.interpolate(flow, size=first.shape[-2:], mode="bilinear")
@@ -731,7 +730,7 @@ PREPARE = {"video": {"i3d": i3d, "stylegan-v": stylegan_v},
 def extractor(form, kind, device="cpu"):
     """None, "builtin", "FILE.ts", "module:function" (or these after "preset:"), or a callable
     -> (callable, name). kind is video or audio. ValueError for anything else."""
-    if form is None or form == "builtin":
+    if form in (None, "builtin"):
         return BUILTIN[kind], "builtin"
     if callable(form):
         return form, getattr(form, "__name__", "callable")
@@ -841,15 +840,21 @@ def observe(clips, extract, fps, rate):
         rank = dist.get_rank()
         world = dist.get_world_size()
     mine = []
-    for i in tqdm(range(rank, len(clips), world), disable=rank > 0, unit="clip"):
-        mine.append(look(clips[i], extract, fps, rate))
+    try:
+        for i in tqdm(range(rank, len(clips), world), disable=rank > 0, unit="clip"):
+            mine.append(look(clips[i], extract, fps, rate))
+    except ValueError as error:
+        mine = error  # for all processes, so that none waits for this one
     shares = [mine]
     if world > 1:  # process r has clips r, r + world, r + 2 world, ...
         shares = [None] * world
         dist.all_gather_object(shares, mine)
+    for share in shares:
+        if isinstance(share, ValueError):
+            raise share
     found = [shares[i % world][i // world] for i in range(len(clips))]
     columns = {}
-    for key in found[0]:
+    for key in max(found, key=len):  # of the clip that has most
         if not all(key in x for x in found):
             raise ValueError(f"Some of the clips have no {key}, which others have.")
         column = [x[key] for x in found]
@@ -936,7 +941,8 @@ def compare_alignment(real, fake, fps):
 
 def compare(real, fake, tags, fps, logits=False):
     """Two observed sets -> {metric: [value, its floor, that of the real clips, its floor]}, as far
-    as it has them. tags: names of the features by stream; logits: features are, clips paired."""
+    as it has them. tags: names of the features by stream; logits: features are, clips paired.
+    ValueError for fewer than 4 clips, for features of different widths, and for NaN."""
     table = {}
     for kind in ("video", "audio"):
         if kind not in real or kind not in fake:
@@ -960,6 +966,7 @@ def compare(real, fake, tags, fps, logits=False):
 
 
 def command_line():
+    """The parser of the command's options."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -981,6 +988,7 @@ def command_line():
 
 
 def print_table(table):
+    """Print the table of compare(), a line per metric, with a gap for what is not finite."""
     print(" " * 32 + "       value   its floor        real   its floor")
     for name, values in table.items():
         line = f"{name:32}"

@@ -202,6 +202,8 @@ def test_broken_clips_are_refused():
         metrics.compare(seen, broken, TAGS, 10)
     with pytest.raises(ValueError, match="Some of the clips have no audio"):
         metrics.observe([clip, {"video": clip["video"]}], ladder.EXTRACT, 10, 8000)
+    with pytest.raises(ValueError, match="Some of the clips have no video"):
+        metrics.observe([{"audio": clip["audio"]}, clip], ladder.EXTRACT, 10, 8000)
     longer = clip | {"audio": np.zeros(16000, np.float32)}
     seen = metrics.observe([longer] * 4, ladder.EXTRACT, 10, 8000)
     with pytest.raises(ValueError, match="16 frames of video and sound for 20"):
@@ -428,8 +430,9 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 
 def launch(program, *args, cwd):
-    return subprocess.run([*program, *args], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Run the command in a folder, whose modules it finds."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    return subprocess.run([*program, *args], cwd=cwd, capture_output=True, text=True, env=env)
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
@@ -449,6 +452,18 @@ def test_two_processes_refuse_once(tmp_path):
     run = launch(TWO, "--fake", "nothing", cwd=tmp_path)
     assert run.returncode != 0
     assert run.stderr.count("metrics.py: ") == 1
+    # What is wrong with the clips of the second process is said by the first.
+    (tmp_path / "second.py").write_text("""
+import torch.distributed as dist
+def f(audio, rate):
+    if dist.get_rank() == 1:
+        raise ValueError("This clip is broken.")
+    return audio[:, :4]
+""")
+    args = ["--fake", "toy", "--n", "4", "--audio_features", "second:f"]
+    run = launch(TWO, *args, cwd=tmp_path)
+    assert run.returncode != 0
+    assert run.stderr.count("metrics.py: This clip is broken.") == 1
 
 
 def test_logits_and_one_stream(tmp_path, capsys, monkeypatch):
