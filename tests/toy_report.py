@@ -1,7 +1,7 @@
 """How good are the samples of a toy model? Counts of samples beside those of real clips.
 
     python tests/toy_report.py --model mm_diffusion --n 32
-    python tests/toy_report.py --model proav_dit --data toy:bounce,glide,pulse --label bounce
+    python tests/toy_report.py --model proav_dit --data toy:bounce --label bounce
 
 Generates n clips and takes as many validation clips, and prints of both: how many balls keep their
 color and are there in every frame, how far a ball jumps, how quiet the quiet parts are, whether
