@@ -20,8 +20,10 @@ meets all of the sound, at a small cost per call. Paper: Ruan et al. 2023.
     python sample.py --model mm_diffusion --video in.mp4         # its sound; --audio: the reverse
     python mm_diffusion.py --stage sr                            # enlarges frames, for --sr_ckpt
 
-Where paper and code disagree, or the paper is silent (-), we do as the code, or as the last column:
+Where the paper and its code disagree, or the paper is silent (-), we do as the code, or as the last
+column says:
 
+                           paper                    released code                      here
     parameters             115.13M                  133,675,524; nothing gives the former
     middle blocks          no audio self-attention  with it; cross-attention over all for 1,4,8
     channels per head      64; SR 48                cross-attention 64, else 4 heads; SR 4 heads
@@ -30,7 +32,7 @@ Where paper and code disagree, or the paper is silent (-), we do as the code, or
     step embedding         128; SR 192              128; SR 192, widened to 768
     cost of attention      S^2 H W L / F            F S H W L / F for each stream
     lambda(t); variance    -; eq. 1: I, eq. 3: -    1; beta_t in both
-    shift R                0 ... F - S              same; drawn anew in backward   one per call
+    shift R                0 ... F - S              same; drawn anew in backward   once a call
     sampler                multistep, adaptive: 2   dpm3; an adaptive one          dpm: multistep
     guidance, eq. 12       sum, new noise a step    mean, one noise, sqrt(abar)    both
     mirrored; SR dropout   none, SR half; 0.1       all, SR none; 0                paper
@@ -79,7 +81,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
 class Config:
     """Every option. Defaults are the paper's (Table A.1) or, where it is silent, its code's."""
 
-    preset: str = "paper"  # the row of PRESETS that the other values start from
+    preset: str = "paper"  # row of PRESETS; not given: toy, or the one named like --data, or small
     data: str = "toy"  # toy, toy:bounce,glide (some of its scenes), or a set of data.py prepare
     out: str = ""  # folder of the run; empty: out/mm_diffusion/PRESET[-DATA]
     stage: str = "base"  # what to train: base, the coupled U-Net; sr, the one that enlarges frames
@@ -111,6 +113,7 @@ class Config:
     sr_residual: float = 0.0  # deviation of what bicubic enlargement lacks; 0: off, see SRResidual
     sr_steps: int = 270000  # optimizer steps of stage sr
     sr_batch_size: int = 48  # frames per optimizer step over ALL processes
+    sr_grad_accum: int = 1  # grad_accum of stage sr
     sr_lr: float = 1e-4  # learning rate of stage sr
     augment: float = 0.5  # probability of each of noise, JPEG and mirroring in its training frames
     # diffusion (sections 3.1 and 3.2)
@@ -152,6 +155,11 @@ class Config:
     eval_every: int = 500  # steps between validations, checkpoints and samples
     val_clips: int = 64  # validation clips, each seen at one noise level of every quartile
     samples: int = 4  # clips to sample then
+
+    @property
+    def length(self):
+        """Audio samples in a clip."""
+        return self.frames * self.rate // self.fps
 
 
 CHOICES = {
@@ -211,6 +219,10 @@ PRESETS = {
         width=64,
         res_blocks=1,
         dropout=0.0,
+        sr_width=64,
+        sr_steps=20000,
+        sr_batch_size=16,
+        sr_lr=2e-3,
         prediction="edm",
         data_mean=(-0.6, 0.0),
         data_std=(0.41, 0.18),
@@ -225,12 +237,19 @@ PRESETS = {
         clip=1.0,
         ema=0.999,
     ),
-    # Table A.1. One 80 GB GPU holds parts of 8 clips, so more GPUs need fewer parts.
-    "paper": dict(grad_accum=16),
+    # Table A.1. One 80 GB GPU holds parts of 8 clips or 12 frames; more GPUs need fewer parts.
+    "paper": dict(grad_accum=16, sr_grad_accum=4),
     # Paredes 2025, section IV-B.
-    "concerts": dict(diffusion_steps=2000, batch_size=16, grad_accum=2, amp="fp16", steps=20000),
+    "concerts": dict(
+        diffusion_steps=2000,
+        steps=20000,
+        batch_size=16,
+        grad_accum=2,
+        sr_grad_accum=4,
+        amp="fp16",
+    ),
     # The supplement's part C: twice the width.
-    "audioset": dict(width=256, grad_accum=32),
+    "audioset": dict(width=256, checkpoint=True, grad_accum=16, sr_grad_accum=4),
 }
 
 
@@ -292,17 +311,22 @@ def check(cfg):
         raise data.UserError("--dropout must be 0 or more and below 1.")
     if cfg.seconds < 0:
         raise data.UserError("--seconds must not be negative.")
-    if cfg.diffusion_steps < 25:
-        raise data.UserError("--diffusion_steps must be 25 or more: else the last betas exceed 1.")
+    if cfg.diffusion_steps <= 20:
+        raise data.UserError("--diffusion_steps must be above 20: else the last beta is 1 or more.")
+    if cfg.sample_steps > cfg.diffusion_steps:
+        raise data.UserError("--sample_steps must not exceed --diffusion_steps.")
 
     # Every scale halves the frames and quarters the sound.
     halvings = 2 ** (len(cfg.mult) - 1)
-    samples = cfg.frames * cfg.rate / cfg.fps
-    if cfg.stage == "sr" and (cfg.sr_size % cfg.size or cfg.sr_size % halvings):
-        raise data.UserError(f"--sr_size must be a multiple of --size ({cfg.size}) and {halvings}.")
+    exact_length = cfg.frames * cfg.rate / cfg.fps
+    sr_halvings = 2 ** (len(cfg.sr_mult) - 1)
+    if cfg.stage == "sr" and (cfg.sr_size % cfg.size or cfg.sr_size % sr_halvings):
+        raise data.UserError(
+            f"--sr_size must be a multiple of --size ({cfg.size}) and {sr_halvings}."
+        )
     if cfg.stage == "base" and cfg.size % halvings:
         raise data.UserError(f"--size must divide by {halvings}, as --mult has its scales.")
-    if cfg.stage == "base" and "a" in cfg.streams and samples % halvings**2:
+    if cfg.stage == "base" and "a" in cfg.streams and exact_length % halvings**2:
         raise data.UserError(f"--frames * --rate / --fps must be a multiple of {halvings**2}.")
 
     # Groups and heads share the channels of a scale out evenly.
@@ -410,8 +434,8 @@ def attend(q, k, v, heads):
 
     q (B, N, C), k and v (B, M, C) -> (B, N, C).
     """
-    rows = 32768
-    if len(q) > rows:  # CUDA's fused kernels fail above 65,535
+    rows = 32768  # CUDA's fused kernels fail above 65,535
+    if len(q) > rows:
         parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
         return torch.cat([attend(*part, heads) for part in parts])
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
@@ -643,14 +667,16 @@ class CoupledUNet(nn.Module):
         self.cfg = cfg
         width = cfg.width
         lowest = len(cfg.mult) - 1
-        k = 1  # counts the blocks: the audio's dilation is 2^(k mod 10)
         window = {}
         if cfg.streams == "av":
             window = dict(zip(cfg.cross_attention, cfg.windows, strict=True))
 
-        def blocks(i, o, factor):
+        def dilation(k):  # of the audio, in the k-th block
+            return 2 ** (k % 10)
+
+        def blocks(i, o, factor, k):
             attention = factor in cfg.video_attention
-            entry = nn.ModuleList([ResBlock(i, o, cfg, 2 ** (k % 10), attention=attention)])
+            entry = nn.ModuleList([ResBlock(i, o, cfg, dilation(k), attention=attention)])
             if factor in window:
                 entry.append(CrossAttention(o, cfg, window[factor]))
             return entry
@@ -661,36 +687,37 @@ class CoupledUNet(nn.Module):
         c = width * cfg.mult[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(c, cfg)])])
         skips = [c]
+        k = 1
         for level, m in enumerate(cfg.mult):
             for _ in range(cfg.res_blocks):
-                self.input_blocks.append(blocks(c, width * m, 2**level))
+                self.input_blocks.append(blocks(c, width * m, 2**level, k))
                 c = width * m
                 skips.append(c)
                 k += 1
             if level < lowest:
-                down = ResBlock(c, c, cfg, 2 ** (k % 10), resize=halve)
+                down = ResBlock(c, c, cfg, dilation(k), resize=halve)
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(c)
                 k += 1
 
         middle = []
         for _ in range(2):
-            block = ResBlock(c, c, cfg, 2 ** (k % 10), attention=True, audio_attention=True)
+            block = ResBlock(c, c, cfg, dilation(k), attention=True, audio_attention=True)
             middle.append(block)
         if cfg.windows == (1, 4, 8) and window:  # the released code's; the paper does not have it
             middle.insert(1, CrossAttention(c, cfg, None))
         self.middle_blocks = nn.ModuleList(middle)
 
-        # Up.
+        # Up; the dilations go back, too.
         self.output_blocks = nn.ModuleList()
         k -= 1
         for level, m in reversed(list(enumerate(cfg.mult))):
             for i in range(cfg.res_blocks + 1):
-                entry = blocks(c + skips.pop(), width * m, 2**level)
+                entry = blocks(c + skips.pop(), width * m, 2**level, k)
                 c = width * m
                 k -= 1
                 if level and i == cfg.res_blocks:
-                    entry.append(ResBlock(c, c, cfg, 2 ** (k % 10), resize=double))
+                    entry.append(ResBlock(c, c, cfg, dilation(k), resize=double))
                 self.output_blocks.append(entry)
 
         def head(conv):
@@ -698,7 +725,7 @@ class CoupledUNet(nn.Module):
 
         self.audio_out = head(AudioConv(c, 1, 3)) if "a" in cfg.streams else None
         self.video_out = head(VideoConv3d(c, 3, 3)) if "v" in cfg.streams else None
-        self.register_buffer("choices", torch.tensor(self.count_shifts()), persistent=False)
+        self.register_buffer("shift_counts", torch.tensor(self.count_shifts()), persistent=False)
 
     def count_shifts(self):
         """How many shifts each cross-attention can choose from, in the order in which they run."""
@@ -711,9 +738,10 @@ class CoupledUNet(nn.Module):
 
     def draw_shifts(self, generator=None):
         """A shift R for each cross-attention, uniform in 0 ... F - S -> (blocks,) int64."""
-        place = generator.device if generator else self.choices.device
-        u = torch.rand(len(self.choices), generator=generator, device=place)
-        return (u.to(self.choices.device) * self.choices).long()
+        counts = self.shift_counts
+        device = generator.device if generator else counts.device
+        u = torch.rand(len(counts), generator=generator, device=device)
+        return (u.to(counts.device) * counts).long()
 
     def forward(self, v, a, t, shifts=None):
         """Noisy v (B, F, 3, H, W), a (B, 1, L), steps t (B,) -> what the network says of each.
@@ -748,11 +776,11 @@ class CoupledUNet(nn.Module):
     def run(self, entry, v, a, emb, R):
         for block in entry:
             # A cross-attention is told its shift, any other block the step.
-            third = next(R) if isinstance(block, CrossAttention) else emb
+            told = next(R) if isinstance(block, CrossAttention) else emb
             if self.cfg.checkpoint and torch.is_grad_enabled():
-                v, a = checkpoint(block, v, a, third, use_reentrant=False)
+                v, a = checkpoint(block, v, a, told, use_reentrant=False)
             else:
-                v, a = block(v, a, third)
+                v, a = block(v, a, told)
         return v, a
 
 
@@ -880,7 +908,7 @@ def mix(*terms):
     return {k: sum(c * x[k] for c, x in terms) for k in terms[0][1]}
 
 
-def spread(x, like):
+def broadcast(x, like):
     """(B,) -> (B, 1, ..., 1), with as many dimensions as `like`."""
     return x.view(-1, *[1] * (like.dim() - 1))
 
@@ -894,7 +922,8 @@ def unwrapped(model):
 def clip_noise(keys, x):
     """What is drawn for every clip of a state x -> u (B,) in [0, 1), normal noise like x.
 
-    It follows from the clip's own key: the same however the clips are dealt to processes.
+    It follows from the clip's own key: the same however the clips are dealt to processes. The keys
+    are on the host, so nothing waits for them.
     """
     device = next(iter(x.values())).device
     generator = torch.Generator(device)
@@ -915,8 +944,9 @@ class Diffusion:
         self.cfg = cfg
         self.T = cfg.diffusion_steps
         self.betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64) * (1000 / self.T)
-        self.abar = torch.cumprod(1 - self.betas, 0)  # (T,) alpha_1 ... alpha_t, below eq. 10
-        # x_t = alpha x_0 + sigma eps; kept where the network is, so that no step waits for them.
+        self.abar = torch.cumprod(1 - self.betas, 0)  # (T,) product of 1 - beta, below eq. 10
+        # x_t = alpha x_0 + sigma eps: alpha is sqrt(abar), while the paper's alpha_t is 1 - beta.
+        # Kept where the network is, so that no step waits for them.
         self.alpha = self.abar.sqrt().float().to(device)
         self.sigma = (1 - self.abar).sqrt().float().to(device)
 
@@ -941,23 +971,23 @@ class Diffusion:
         """lambda(t) of eq. 7, for stream k."""
         return 1.0
 
-    def loss(self, model, batch, t=None):
-        """Eq. 7, summed over the streams -> loss, {"video": , "audio": } with lambda = 1.
+    def loss(self, model, batch, level=None):
+        """Eq. 7, summed over the streams -> loss, {"video": , "audio": }, each its mean error.
 
         batch: video (B, F, 3, H, W) and audio (B, 1, L) in [-1, 1]; key (B,) and step, which seed
-        noise and shifts. t (B,) in [0, 1): noise levels to use instead of drawn ones.
+        noise and shifts. level (B,) in [0, 1): t / T to use instead of drawn steps.
         """
         x0 = self.encode(batch)
         u, eps = clip_noise(batch["key"], x0)
-        t = self.draw_steps(u) if t is None else (t * self.T).long()  # (B,)
+        t = self.draw_steps(u) if level is None else (level * self.T).long()  # (B,)
         generator = torch.Generator(t.device)
         generator.manual_seed(data.clip_key(self.cfg.seed, f"shift {batch['step']}"))
         shifts = unwrapped(model).draw_shifts(generator)  # the same in all processes
 
         xt = {}
         for k in x0:
-            alpha = spread(self.alpha[t], x0[k])
-            sigma = spread(self.sigma[t], x0[k])
+            alpha = broadcast(self.alpha[t], x0[k])
+            sigma = broadcast(self.sigma[t], x0[k])
             xt[k] = alpha * x0[k] + sigma * eps[k]  # eq. 5, t times
         estimate = self.noise_estimate(model, xt, t, shifts)
 
@@ -969,9 +999,13 @@ class Diffusion:
             parts[NAMES[k]] = error.detach().mean()
         return loss, parts
 
+    def times(self, steps):
+        """The steps t at which sampling calls the network, from clip to noise."""
+        return [i * self.T // steps for i in range(steps)]
+
     def path(self, steps):
-        """The steps of sampling, from noise to clip -> [(t, abar_t, abar of the next)]."""
-        times = [i * self.T // steps for i in range(steps)]
+        """The way from noise to clip, as samplers go it -> [(t, abar_t, abar of the next t)]."""
+        times = self.times(steps)
         levels = [1.0] + [float(self.abar[t]) for t in times]  # the last step ends at the clip
         return [(times[i], levels[i + 1], levels[i]) for i in reversed(range(steps))]
 
@@ -988,7 +1022,7 @@ class EDM(Diffusion):
         self.mean = dict(zip("va", cfg.data_mean, strict=True))
         self.std = dict(zip("va", cfg.data_std, strict=True))
         self.skip = dict(zip("va", cfg.skip_std, strict=True))
-        self.noise = self.sigma / self.alpha  # (T,) rising: the noise beside a clip of size 1
+        self.ratio = self.sigma / self.alpha  # (T,) rising: the noise beside a clip of size 1
 
     def encode(self, batch):
         x0 = super().encode(batch)
@@ -1005,41 +1039,46 @@ class EDM(Diffusion):
     def draw_steps(self, u):
         mean, deviation = self.cfg.noise_levels
         normal = 2**0.5 * torch.erfinv(2 * u - 1)
-        noise = torch.exp(mean + deviation * normal)
-        return torch.searchsorted(self.noise, noise).clamp(max=self.T - 1)
+        ratio = torch.exp(mean + deviation * normal)
+        return torch.searchsorted(self.ratio, ratio).clamp(max=self.T - 1)
 
     def noise_estimate(self, model, x, t, shifts=None):
-        """The noise of an estimate of the clip, x_0 = mean + c_skip (x - mean) + c_out output.
+        """The noise that follows from x_0 = mean + c_skip (x / alpha - mean) + c_out output.
 
-        With mean 0 and deviation 1 that is v-prediction. skip_std below the data's own moves it
-        towards predicting x_0 itself: then flat areas come out clean, although a small network
-        cannot carry noise through to cancel it.
+        With mean 0 and skip_std 1 that is v-prediction. Where the noise is above skip_std, x hardly
+        enters the estimate, and its noise cannot leak into flat areas; a small network could not
+        cancel it there.
         """
-        out = super().noise_estimate(model, x, t, shifts)
+        out = super().noise_estimate(model, x, t, shifts)  # what the network says, in fact
         for k in x:
-            alpha = spread(self.alpha[t], x[k])
-            sigma = spread(self.sigma[t], x[k])
-            noise = spread(self.noise[t], x[k])
-            total = self.skip[k] ** 2 + noise**2
-            c_skip = self.skip[k] ** 2 / total
-            c_out = self.skip[k] * noise / total.sqrt()
+            alpha = broadcast(self.alpha[t], x[k])
+            sigma = broadcast(self.sigma[t], x[k])
+            c_skip, c_out = edm_scales(self.skip[k], sigma / alpha)
             x0 = self.mean[k] + c_skip * (x[k] / alpha - self.mean[k]) + c_out * out[k]
             out[k] = (x[k] - alpha * x0) / sigma
         return out
 
     def weight(self, k, x0, t):
-        """1 + noise^2 / std^2: the error of x_0 in units of what mean and deviation leave open."""
-        weight = spread(1 + (self.noise[t] / self.std[k]) ** 2, x0)
+        """Of the error in x_0, by what is open when mean and deviation of the data are known.
+
+        That is 1 / ratio^2 + 1 / std^2 for an error in x_0, which is `ratio` times one in eps.
+        Moving pixels count more.
+        """
+        weight = broadcast(1 + (self.ratio[t] / self.std[k]) ** 2, x0)
         if k == "v" and self.cfg.motion_weight:
             # Most where noise is high: there it is decided what moves where, and its color.
             weight = weight * motion_weight(x0, self.cfg.motion_weight * self.sigma[t] ** 2)
         return weight
 
-    def path(self, steps):
-        """The paper's, one stride later: it begins at T - 1, and ends a stride above the clip."""
-        times = [(i + 1) * self.T // steps - 1 for i in range(steps)]
-        levels = [1.0] + [float(self.abar[t]) for t in times]
-        return [(times[i], levels[i + 1], levels[i]) for i in reversed(range(steps))]
+    def times(self, steps):
+        """Those of the paper, but a stride noisier: from T / steps - 1, not 0, to T - 1."""
+        return [(i + 1) * self.T // steps - 1 for i in range(steps)]
+
+
+def edm_scales(std, ratio):
+    """c_skip and c_out for data of this deviation, ratio = sigma / alpha (Karras, table 1)."""
+    total = std**2 + ratio**2
+    return std**2 / total, std * ratio / total.sqrt()
 
 
 def mu_law(a, mu):
@@ -1061,7 +1100,7 @@ def motion_weight(video, k):
     frame = change.flatten(3).median(dim=3)[0]  # (B, F, 3)
     m = 2 * (change - frame[..., None, None]).abs().mean(2)  # (B, F, H, W)
     m = F.avg_pool2d(m.clamp(max=1), 3, stride=1, padding=1)
-    weight = 1 + spread(k, video) * m[:, :, None]  # (B, F, 1, H, W)
+    weight = 1 + broadcast(k, video) * m[:, :, None]  # (B, F, 1, H, W)
     return weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
@@ -1076,33 +1115,34 @@ def diffuse(x0, abar, noise):
     return mix((abar**0.5, x0), ((1 - abar) ** 0.5, noise))
 
 
-def ddpm_step(x, x0, abar, before, normal):
-    """One step of ancestral sampling with variance beta_t (eq. 3-6), from abar to `before` it."""
-    beta = 1 - abar / before
-    x0_share = beta * before**0.5 / (1 - abar)
-    xt_share = (1 - before) * (1 - beta) ** 0.5 / (1 - abar)
+def ddpm_step(x, x0, abar, abar_next, normal):
+    """One step of ancestral sampling with variance beta_t (eq. 3-6)."""
+    beta = 1 - abar / abar_next
+    x0_share = beta * abar_next**0.5 / (1 - abar)
+    xt_share = (1 - abar_next) * (1 - beta) ** 0.5 / (1 - abar)
     mean = mix((x0_share, x0), (xt_share, x))
-    if before == 1:  # the last step is without noise
+    if abar_next == 1:  # the last step is without noise
         return mean
-    return mix((1, mean), (beta**0.5, {k: normal(y) for k, y in x.items()}))
+    return mix((1, mean), (beta**0.5, normal(x)))
 
 
-def ddim_step(x, x0, abar, before, normal):
+def ddim_step(x, x0, abar, abar_next, normal):
     """One step of DDIM with eta = 0, along the noise that the clamped x_0 implies."""
     eps = mix(((1 - abar) ** -0.5, x), (-((abar / (1 - abar)) ** 0.5), x0))
-    return diffuse(x0, before, eps)
+    return diffuse(x0, abar_next, eps)
 
 
-# In the samplers below: step, one of the two above; eps(x, t), the noise estimate; x, normal noise
-# to begin with; path, of Diffusion.path; normal(tensor) draws normal noise like it.
+# In the samplers below: step, one of the two above; eps_theta(x, t), the noise estimate; x, normal
+# noise to begin with; path, of Diffusion.path; normal(x) draws normal noise like a state x.
 # Zero-shot conditions (section 3.4): `given` is a state of clips, `known` one of masks that say
-# which of its values are to be kept: all of a stream, or how the clip begins.
+# which of its values are to be kept: all of a stream, or how the clip begins. In the result these
+# are the network's estimate again: whoever calls puts the given ones back.
 
 
-def denoise(step, eps, x, path, normal):
+def denoise(step, eps_theta, x, path, normal):
     """From noise to a clip, without a condition."""
-    for t, abar, before in path:
-        x = step(x, clean(x, eps(x, t), abar), abar, before, normal)
+    for t, abar, abar_next in path:
+        x = step(x, clean(x, eps_theta(x, t), abar), abar, abar_next, normal)
     return x
 
 
@@ -1111,53 +1151,51 @@ def put(known, given, x):
     return {k: torch.where(known[k], given[k], x[k]) for k in x}
 
 
-def replace(step, eps, x, path, normal, given, known):
+def replace(step, eps_theta, x, path, normal, given, known):
     """Zero-shot by replacement: before each step the given part is a new sample of q(x_t | x_0)."""
-    for t, abar, before in path:
-        noise = {k: normal(y) for k, y in x.items()}
-        x = put(known, diffuse(given, abar, noise), x)
-        x = step(x, clean(x, eps(x, t), abar), abar, before, normal)
+    for t, abar, abar_next in path:
+        x = put(known, diffuse(given, abar, normal(x)), x)
+        x = step(x, clean(x, eps_theta(x, t), abar), abar, abar_next, normal)
     return x
 
 
-def guide(step, eps, x, path, normal, given, known, guidance):
+def step_with_gradient(step, eps_theta, x, t, abar, abar_next, normal, goal, weight):
+    """A step from x to y, and the gradient by x of y's weighted squared distance from `goal`."""
+    with torch.enable_grad():
+        x = {k: value.detach().requires_grad_() for k, value in x.items()}
+        y = step(x, clean(x, eps_theta(x, t), abar), abar, abar_next, normal)  # eq. 11
+        distance = sum((weight[k] * (y[k] - goal[k]).square()).sum() for k in x)
+        gradient = torch.autograd.grad(distance, list(x.values()), materialize_grads=True)
+    y = {k: value.detach() for k, value in y.items()}
+    return y, dict(zip(x, gradient, strict=True))
+
+
+def guide(step, eps_theta, x, path, normal, given, known, guidance):
     """Zero-shot by gradients (eq. 11-12), for audio a from a given video v; or the reverse."""
-    noise = {k: normal(y) for k, y in x.items()}
-    goal = diffuse(given, path[0][1], noise)
-    for t, abar, before in path:
-        x = put(known, goal, x)  # v_(t+1)
-        noise = {k: normal(y) for k, y in x.items()}
-        goal = diffuse(given, before, noise)  # v_t
-        with torch.enable_grad():
-            x = {k: y.detach().requires_grad_() for k, y in x.items()}
-            y = step(x, clean(x, eps(x, t), abar), abar, before, normal)  # eq. 11: of v and a
-            # Would the step have led to v_t? v_t is fixed, so the gradient is by a_(t+1), in x.
-            distance = sum(((y[k] - goal[k]) * known[k]).square().sum() for k in x)
-            gradient = torch.autograd.grad(distance, list(x.values()), materialize_grads=True)
-        gradient = dict(zip(x, gradient, strict=True))
-        y = {k: z.detach() for k, z in y.items()}
-        x = mix((1, y), (-guidance * (1 - before) ** 0.5, gradient))  # eq. 12
+    goal = diffuse(given, path[0][1], normal(x))
+    for t, abar, abar_next in path:
+        x = put(known, goal, x)  # v_(t+1), a_(t+1)
+        goal = diffuse(given, abar_next, normal(x))  # v_t
+        # Would the step have led to v_t as well? The answer depends on a_(t+1), which can be moved.
+        y, gradient = step_with_gradient(
+            step, eps_theta, x, t, abar, abar_next, normal, goal, weight=known
+        )
+        x = mix((1, y), (-guidance * (1 - abar_next) ** 0.5, gradient))  # eq. 12; 0 at the end
     return x
 
 
-def guide_as_released(step, eps, x, path, normal, given, known, guidance):
+def guide_as_released(step, eps_theta, x, path, normal, given, known, guidance):
     """Eq. 12 as the released code has it: one noise for all steps, a mean error, another scale."""
     noise = x
-    for t, abar, before in path:
+    weight = {k: mask / mask[0].sum().clamp(min=1) for k, mask in known.items()}  # means of a clip
+    for t, abar, abar_next in path:
         x = put(known, diffuse(given, abar, noise), x)
-        goal = diffuse(given, before, noise)
-        with torch.enable_grad():
-            x = {k: y.detach().requires_grad_() for k, y in x.items()}
-            y = step(x, clean(x, eps(x, t), abar), abar, before, normal)
-            distance = 0
-            for k in x:
-                count = known[k][0].sum().clamp(min=1)  # known values of a clip
-                distance = distance + ((y[k] - goal[k]) * known[k]).square().sum() / count
-            gradient = torch.autograd.grad(distance, list(x.values()), materialize_grads=True)
-        gradient = dict(zip(x, gradient, strict=True))
-        x = {k: z.detach() for k, z in y.items()}
-        if before < 1:  # the last step is not guided
-            x = mix((1, x), (-guidance * abar**0.5, gradient))
+        goal = diffuse(given, abar_next, noise)
+        y, gradient = step_with_gradient(
+            step, eps_theta, x, t, abar, abar_next, normal, goal, weight
+        )
+        scale = abar**0.5 if abar_next < 1 else 0.0  # the last step is not guided
+        x = mix((1, y), (-guidance * scale, gradient))
     return x
 
 
@@ -1165,12 +1203,12 @@ class DPMSolver:
     """DPM-Solver and DPM-Solver++ (Lu et al. 2022): the probability-flow ODE of eq. 1.
 
     Solved in lambda = log(alpha / sigma), in which its linear part is exact. Every coefficient is
-    a Python float. x0: integrate the x_0 estimate (++), else the noise estimate.
+    a Python float. predict_x0: integrate the x_0 estimate (++), else the noise estimate.
     """
 
-    def __init__(self, eps, abar, x0=True):
-        self.eps = eps
-        self.x0 = x0
+    def __init__(self, eps_theta, abar, predict_x0=True):
+        self.eps_theta = eps_theta
+        self.predict_x0 = predict_x0
         self.T = len(abar)
         # log alpha is piecewise linear between the times 1/T, 2/T ... 1.
         self.times = (np.arange(self.T) + 1) / self.T
@@ -1199,8 +1237,8 @@ class DPMSolver:
         """What the network says at lambda: the noise, or x_0."""
         # The released solver truncates the step that the network is told; so do we.
         step = int((self.to_time(lam) - 1 / self.T) * self.T)
-        eps = self.eps(x, max(step, 0))
-        if not self.x0:
+        eps = self.eps_theta(x, max(step, 0))
+        if not self.predict_x0:
             return eps
         return self.limit(mix((1 / self.alpha(lam), x), (-self.sigma(lam) / self.alpha(lam), eps)))
 
@@ -1209,7 +1247,7 @@ class DPMSolver:
 
     def coefficients(self, s, t):
         """A and B of the step from lambda s to t: x_t = A x_s - B estimate + higher orders."""
-        if self.x0:
+        if self.predict_x0:
             return self.sigma(t) / self.sigma(s), self.alpha(t) * math.expm1(s - t)
         return self.alpha(t) / self.alpha(s), self.sigma(t) * math.expm1(t - s)
 
@@ -1241,12 +1279,12 @@ class DPMSolver:
 
     def multistep(self, x, nodes):
         """2M: order 2 from the two latest estimates, one call a step, along lambdas `nodes`."""
-        before = self.estimate(x, nodes[0])
-        x = self.order1(x, before, nodes[0], nodes[1])
+        previous = self.estimate(x, nodes[0])
+        x = self.order1(x, previous, nodes[0], nodes[1])
         for earlier, s, t in zip(nodes, nodes[1:], nodes[2:]):  # noqa: B905
             m = self.estimate(x, s)
-            x = self.order2(x, m, s, t, (earlier - s) / (t - s), before)
-            before = m
+            x = self.order2(x, m, s, t, (earlier - s) / (t - s), previous)
+            previous = m
         return x
 
     def singlestep3(self, x, nodes):
@@ -1327,18 +1365,18 @@ class SRDiffusion(Diffusion):
         """The noise estimate for x (B, 3, H, W), and where in [-1, 1] the variance lies."""
         return model(x, low, t).chunk(2, dim=1)
 
-    def loss(self, model, batch, t=None):
+    def loss(self, model, batch, level=None):
         """Error in the noise plus the variational term -> loss, {"mse": , "vb": }.
 
         The latter, in bits, trains the variance alone. batch: video and low (B, F, 3, H, W), of
-        which the first frame counts; key (B,). t (B,) in [0, 1): noise levels to use.
+        which the first frame counts; key (B,). level (B,) in [0, 1): t / T, else drawn.
         """
         low = batch["low"][:, 0]  # (B, 3, h, w)
         x0 = batch["video"][:, 0] - self.origin(low)  # (B, 3, H, W)
         u, eps = clip_noise(batch["key"], {"v": x0})
         eps = eps["v"]
-        t = self.draw_steps(u) if t is None else (t * self.T).long()
-        xt = spread(self.alpha[t], x0) * x0 + spread(self.sigma[t], x0) * eps
+        t = self.draw_steps(u) if level is None else (level * self.T).long()
+        xt = broadcast(self.alpha[t], x0) * x0 + broadcast(self.sigma[t], x0) * eps
         estimate, v = self.predict(model, xt, low, t)
         error = (estimate - eps).square()
         vb = self.variational(x0, eps, estimate.detach(), v, t).mean()
@@ -1357,7 +1395,7 @@ class SRDiffusion(Diffusion):
         q = Normal(torch.zeros_like(low), (low / 2).exp(), validate_args=False)
         p = Normal(drift * (eps - estimate), deviation, validate_args=False)
         half = torch.full_like(low, 1 / 255)  # of one of 256 gray levels
-        above = torch.where(x0 > 0.999, 1.0, p.cdf(half))  # the outermost levels are open
+        above = torch.where(x0 > 0.999, 1.0, p.cdf(half))  # the outermost of a frame are open
         below = torch.where(x0 < -0.999, 0.0, p.cdf(-half))
         code = -(above - below).clamp(min=1e-12).log()
         first = t.view(-1, 1, 1, 1) == 0
@@ -1369,12 +1407,12 @@ class SRDiffusion(Diffusion):
         All start from one noise image (3, H, W), which keeps them from flickering.
         """
 
-        def eps(x, t):
+        def eps_theta(x, t):
             t = torch.full((len(low),), t, device=low.device)
             return {"v": self.predict(model, x["v"], low, t)[0]}
 
         x = {"v": noise.expand(len(low), -1, -1, -1)}
-        return self.origin(low) + denoise(ddim_step, eps, x, self.path(steps), None)["v"]
+        return self.origin(low) + denoise(ddim_step, eps_theta, x, self.path(steps), None)["v"]
 
 
 class SRResidual(SRDiffusion):
@@ -1389,17 +1427,15 @@ class SRResidual(SRDiffusion):
 
     def predict(self, model, x, low, t):
         out, v = super().predict(model, x, low, t)
-        alpha = spread(self.alpha[t], x)
-        sigma = spread(self.sigma[t], x)
-        noise = sigma / alpha
-        std = self.cfg.sr_residual
-        total = std**2 + noise**2
-        x0 = std**2 / total * x / alpha + std * noise / total.sqrt() * out
+        alpha = broadcast(self.alpha[t], x)
+        sigma = broadcast(self.sigma[t], x)
+        c_skip, c_out = edm_scales(self.cfg.sr_residual, sigma / alpha)
+        x0 = c_skip * x / alpha + c_out * out
         return (x - alpha * x0) / sigma, v
 
     def weight(self, k, x0, t):
-        noise = self.sigma[t] / self.alpha[t]
-        return spread(1 + (noise / self.cfg.sr_residual) ** 2, x0)
+        ratio = self.sigma[t] / self.alpha[t]
+        return broadcast(1 + (ratio / self.cfg.sr_residual) ** 2, x0)
 
 
 @torch.no_grad()
@@ -1444,6 +1480,7 @@ def sr_config(cfg):
         windows=(),
         steps=cfg.sr_steps,
         batch_size=cfg.sr_batch_size,
+        grad_accum=cfg.sr_grad_accum,
         lr=cfg.sr_lr,
     )
     check(cfg)
@@ -1504,7 +1541,7 @@ def setup(cfg):
 
 
 def precision(cfg, device):
-    """The type in which to multiply, in training as in sampling: what --amp says."""
+    """The type in which to multiply, in training as in sampling, by --amp. Turns on TF32."""
     # TF32 multiplies float32 with 10 bits of mantissa, several times as fast.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -1520,8 +1557,8 @@ def orthogonal(x):
     """The matrix with x's singular vectors and all values near 1, by five Newton-Schulz steps."""
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    # No singular value s is above 1 now; each pass maps it to 3.44 s - 4.78 s^3 + 2.03 s^5.
     x = x / (x.norm() + 1e-12)
+    # No singular value s is above 1 now; each pass maps it to 3.44 s - 4.78 s^3 + 2.03 s^5.
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
@@ -1607,9 +1644,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     """Train `model` to cfg.steps, going on from the checkpoint in cfg.out -> the averaged model.
 
     loss_fn(model, batch, t=None) -> (loss, {name: part}): the loss is what is minimized; the parts,
-    and as "loss" their sum, are what is reported, in training and validation alike. t (B,): noise
-    levels in [0, 1), given in validation, else drawn. sample_fn(model) -> (video, audio), as
-    data.write_samples takes them. Raises data.UserError for a checkpoint of another run.
+    and as "loss" their sum, are what is reported, of training and validation alike. t (B,): noise
+    levels in [0, 1), given in validation, else drawn, perhaps from other than a uniform
+    distribution. sample_fn(model) -> (video, audio), as data.write_samples takes them. Raises
+    data.UserError for a checkpoint of another run.
     """
     if cfg.batch_size % (WORLD * cfg.grad_accum):
         raise data.UserError(
@@ -1624,8 +1662,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
 
     # Go on where an earlier run stopped. Of its log, drop what is about to be done again.
-    run = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
-    start = data.resume(f"{cfg.out}/ckpt.pt", cfg, run)
+    saved = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
+    start = data.resume(f"{cfg.out}/ckpt.pt", cfg, saved)
     if WORLD > 1:
         starts = [start] * WORLD
         dist.all_gather_object(starts, start)
@@ -1641,7 +1679,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     feed = data.loader(train, cfg.batch_size, start, cfg.steps, RANK, WORLD, cfg.workers, cfg.seed)
     val_set = data.val_batches(val, cfg.val_clips, cfg.batch_size // cfg.grad_accum, RANK, WORLD)
 
-    # SIGTERM and Ctrl-C are only noted: the step at hand is finished and saved first.
+    # SIGTERM and Ctrl-C are only noted: the step at hand is finished and saved first. A second one
+    # changes nothing, as torchrun passes on what each process of its group has got already.
     signals = []
 
     def note(number, frame):
@@ -1659,7 +1698,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             if RANK == 0:
                 bar.write(f"step {step}: " + ", ".join(f"{k} {x:.4f}" for k, x in row.items()))
                 data.append_row(f"{cfg.out}/log.csv", {"step": step, **row})
-                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step, cfg, run)
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step, cfg, saved)
                 if sample_fn:
                     data.write_samples(f"{cfg.out}/samples", step, *sample_fn(ema), cfg)
         if step == cfg.steps:
@@ -1668,11 +1707,12 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         # The gradient of the mean loss over the batch, summed over parts that fit into memory.
         # Seeds follow from the step, so no random state needs saving.
         began = time.time()
+        batch = next(feed)
         torch.manual_seed(data.clip_key(cfg.seed, f"step {step} rank {RANK}"))
         net.zero_grad()
         sums = 0
-        for i, part in enumerate(data.split(next(feed), cfg.grad_accum)):
-            # DDP averages over processes in the last part alone: this is what no_sync() sets.
+        for i, part in enumerate(data.split(batch, cfg.grad_accum)):
+            # DDP averages over processes once, in the last part: this is what its no_sync() sets.
             net.require_backward_grad_sync = i == cfg.grad_accum - 1
             with autocast:
                 loss, parts = loss_fn(net, data.to_device(part, device))
@@ -1689,7 +1729,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             dist.all_reduce(figures)
         *means, grad_norm, stop = (figures / WORLD).tolist()
 
-        # Leave out a step whose gradient is not finite. With fp16 there is one now and then.
+        # Leave out a step whose gradient is not finite. With fp16 there is one now and then, and
+        # the scaler, which has seen it in unscale_(), lowers its scale in update().
         bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
         if bad_steps == 50:
             raise data.UserError("50 steps without a finite gradient: lower --lr or use --amp off.")
@@ -1703,9 +1744,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
                 average.lerp_(p.detach(), 1 - decay)
         scaler.update()
 
-        # A row of the log: means since the row before.
-        history.append([sum(means), *means, grad_norm, time.time() - began])
-        if RANK == 0 and step % cfg.log_every == 0:
+        # A row of the log: means over the latest steps.
+        if bad_steps == 0:
+            history.append([sum(means), *means, grad_norm, time.time() - began])
+        if RANK == 0 and step % cfg.log_every == 0 and history:
             names = ["loss", *parts, "grad_norm", "seconds"]
             row = dict(zip(names, torch.tensor(list(history)).mean(0).tolist(), strict=True))
             bar.set_postfix(row)
@@ -1714,25 +1756,26 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         # Told to stop: with this checkpoint the run goes on as if it had not been.
         if stop:
             if RANK == 0:
-                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step + 1, cfg, run)
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step + 1, cfg, saved)
                 bar.write(f"Stopped after {step + 1} steps: the same command goes on from there.")
             sys.exit(0)
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if signals:  # while the last samples were made: what comes after training is not wanted
+        sys.exit(0)
     return ema
 
 
 # ---- Sampling and the command line
 
 
-def condition(process, n, video, audio):
+def read_condition(process, n, video, audio):
     """What sample() was given -> (given, known) as replace() takes them, for n clips; or None.
 
     Raises data.UserError for what is not a window, or n of them.
     """
     cfg = process.cfg
-    length = cfg.frames * cfg.rate // cfg.fps
     if video is None and audio is None:
         return None
     if cfg.streams != "av" or cfg.seconds or (video is not None and audio is not None):
@@ -1740,7 +1783,7 @@ def condition(process, n, video, audio):
             "Give a video or a sound, not both, to a model of both streams, without --seconds."
         )
     shape_v = (n, cfg.frames, 3, cfg.size, cfg.size)
-    shape_a = (n, 1, length)
+    shape_a = (n, 1, cfg.length)
     v = torch.zeros(shape_v)
     a = torch.zeros(shape_a)
     try:
@@ -1749,10 +1792,10 @@ def condition(process, n, video, audio):
             v = v.expand(shape_v)
         if audio is not None:
             a = torch.as_tensor(audio).float().unsqueeze(-2).expand(shape_a)
-    except RuntimeError:  # of expand()
+    except (RuntimeError, IndexError):  # of expand() and movedim()
         raise data.UserError(
             f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} "
-            f"pixels, or {length} samples."
+            f"pixels, or {cfg.length} samples."
         ) from None
     given = process.encode({"video": v, "audio": a})
     known = {
@@ -1762,19 +1805,19 @@ def condition(process, n, video, audio):
     return given, known
 
 
-def make_window(process, eps, normal, condition):
+def make_window(process, eps_theta, draw, condition):
     """A batch of windows {stream: values}; condition: (given, known), or None."""
     cfg = process.cfg
-    shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.frames * cfg.rate // cfg.fps)}
-    x = {k: normal(shapes[k]) for k in shapes if k in cfg.streams}
+    shapes = {"v": (cfg.frames, 3, cfg.size, cfg.size), "a": (1, cfg.length)}
+    x = {k: draw(shapes[k]) for k in shapes if k in cfg.streams}
 
-    def like(y):
-        return normal(y.shape[1:])
+    def normal(x):
+        return {k: draw(y.shape[1:]) for k, y in x.items()}
 
     if cfg.sampler == "ddpm":
-        walk = (ddpm_step, eps, x, process.path(process.T), like)
+        walk = (ddpm_step, eps_theta, x, process.path(process.T), normal)
     else:
-        walk = (ddim_step, eps, x, process.path(cfg.sample_steps), like)
+        walk = (ddim_step, eps_theta, x, process.path(cfg.sample_steps), normal)
     if condition and cfg.method == "replace":
         return replace(*walk, *condition)
     if condition and cfg.method == "gradient":
@@ -1783,15 +1826,15 @@ def make_window(process, eps, normal, condition):
         return guide_as_released(*walk, *condition, cfg.guidance)
 
     if cfg.sampler == "dpm":
-        solver = DPMSolver(eps, process.abar)
+        solver = DPMSolver(eps_theta, process.abar)
         return solver.multistep(x, solver.nodes(cfg.sample_steps))
     if cfg.sampler == "dpm3":
-        solver = DPMSolver(eps, process.abar, x0=False)
+        solver = DPMSolver(eps_theta, process.abar, predict_x0=False)
         return solver.singlestep3(x, solver.nodes(cfg.sample_steps))
     return denoise(*walk)
 
 
-def prolong(process, eps, normal, clip):
+def prolong(process, eps_theta, draw, clip):
     """A clip of windows, made longer, up to --seconds.
 
     Each new window is given the last half of what there is as its beginning, in both streams, and
@@ -1801,7 +1844,7 @@ def prolong(process, eps, normal, clip):
     cfg = process.cfg
     axis = {"v": 1, "a": 2}  # time
     keep = {"v": cfg.frames // 2, "a": cfg.frames // 2 * cfg.rate // cfg.fps}
-    window = {"v": cfg.frames, "a": cfg.frames * cfg.rate // cfg.fps}
+    window = {"v": cfg.frames, "a": cfg.length}
     total = round(cfg.seconds * cfg.fps)  # frames
     for _ in range(cfg.frames, total, cfg.frames - keep["v"]):
         given = {}
@@ -1811,7 +1854,7 @@ def prolong(process, eps, normal, clip):
             given[k] = last.roll(-(window[k] - keep[k]), axis[k])  # its end comes first
             known[k] = torch.zeros_like(given[k], dtype=torch.bool)
             known[k].narrow(axis[k], 0, keep[k]).fill_(True)
-        new = make_window(process, eps, normal, (given, known))
+        new = make_window(process, eps_theta, draw, (given, known))
         for k, y in new.items():
             more = y.narrow(axis[k], keep[k], window[k] - keep[k])
             clip[k] = torch.cat([clip[k], more], dim=axis[k])
@@ -1864,7 +1907,7 @@ def sample(
     check(cfg)
     device = next(model.parameters()).device
     process = build_process(cfg, device)
-    wanted = condition(process, n, video, audio)
+    wanted = read_condition(process, n, video, audio)
     if guidance is not None and (not (wanted or cfg.seconds) or cfg.method == "replace"):
         raise data.UserError(
             "Guidance is for a given video or sound or --seconds, "
@@ -1895,26 +1938,28 @@ def sample_batch(model, process, sr, clips, seed, condition):
     cfg = process.cfg
     device = process.alpha.device
     # Noise is drawn on the CPU, for each clip from its own seed: all devices start from the same.
-    draws = []
+    generators = []
     for i in clips:
-        draws.append(torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")))
+        generators.append(torch.Generator().manual_seed(data.clip_key(seed, f"sample {i}")))
     shifts = torch.Generator().manual_seed(seed)
 
-    def normal(shape):
-        return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
+    def draw(shape):
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    def eps(x, t):
+    def eps_theta(x, t):
         t = torch.full((len(clips),), t, device=device)
         return process.noise_estimate(model, x, t, model.draw_shifts(shifts))
 
     dtype = precision(cfg, device)
+    if cfg.method != "replace":
+        dtype = torch.float32  # gradients would be lost below fp16's least number
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        x = make_window(process, eps, normal, condition)
+        x = make_window(process, eps_theta, draw, condition)
         if cfg.seconds:
-            x = prolong(process, eps, normal, x)
+            x = prolong(process, eps_theta, draw, x)
         x = process.decode(x)
         if sr:
-            noise = normal((3, sr.cfg.sr_size, sr.cfg.sr_size))
+            noise = draw((3, sr.cfg.sr_size, sr.cfg.sr_size))
             x["v"] = enlarge(sr, x["v"], noise, cfg.sr_sample_steps)
     return {k: y.cpu() for k, y in x.items()}
 
@@ -1952,7 +1997,7 @@ def load(path, device="cpu", options=()):
         )
     model = build(cfg)
     data.load_weights(model, state, path)
-    return model.to(device).eval()
+    return model.to(device).eval().requires_grad_(False)
 
 
 def train(cfg):

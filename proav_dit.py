@@ -438,8 +438,8 @@ def attend(q, k, v, heads):
 
     q (B, N, C), k and v (B, M, C) -> (B, N, C).
     """
-    rows = 32768
-    if len(q) > rows:  # CUDA's fused kernels fail above 65,535
+    rows = 32768  # CUDA's fused kernels fail above 65,535
+    if len(q) > rows:
         parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
         return torch.cat([attend(*part, heads) for part in parts])
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
@@ -1547,7 +1547,7 @@ def setup(cfg):
 
 # same as mm_diffusion.py
 def precision(cfg, device):
-    """The type in which to multiply, in training as in sampling: what --amp says."""
+    """The type in which to multiply, in training as in sampling, by --amp. Turns on TF32."""
     # TF32 multiplies float32 with 10 bits of mantissa, several times as fast.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -1564,8 +1564,8 @@ def orthogonal(x):
     """The matrix with x's singular vectors and all values near 1, by five Newton-Schulz steps."""
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    # No singular value s is above 1 now; each pass maps it to 3.44 s - 4.78 s^3 + 2.03 s^5.
     x = x / (x.norm() + 1e-12)
+    # No singular value s is above 1 now; each pass maps it to 3.44 s - 4.78 s^3 + 2.03 s^5.
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
@@ -1656,9 +1656,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     """Train `model` to cfg.steps, going on from the checkpoint in cfg.out -> the averaged model.
 
     loss_fn(model, batch, t=None) -> (loss, {name: part}): the loss is what is minimized; the parts,
-    and as "loss" their sum, are what is reported, in training and validation alike. t (B,): noise
-    levels in [0, 1), given in validation, else drawn. sample_fn(model) -> (video, audio), as
-    data.write_samples takes them. Raises data.UserError for a checkpoint of another run.
+    and as "loss" their sum, are what is reported, of training and validation alike. t (B,): noise
+    levels in [0, 1), given in validation, else drawn, perhaps from other than a uniform
+    distribution. sample_fn(model) -> (video, audio), as data.write_samples takes them. Raises
+    data.UserError for a checkpoint of another run.
     """
     if cfg.batch_size % (WORLD * cfg.grad_accum):
         raise data.UserError(
@@ -1673,8 +1674,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
 
     # Go on where an earlier run stopped. Of its log, drop what is about to be done again.
-    run = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
-    start = data.resume(f"{cfg.out}/ckpt.pt", cfg, run)
+    saved = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
+    start = data.resume(f"{cfg.out}/ckpt.pt", cfg, saved)
     if WORLD > 1:
         starts = [start] * WORLD
         dist.all_gather_object(starts, start)
@@ -1690,7 +1691,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     feed = data.loader(train, cfg.batch_size, start, cfg.steps, RANK, WORLD, cfg.workers, cfg.seed)
     val_set = data.val_batches(val, cfg.val_clips, cfg.batch_size // cfg.grad_accum, RANK, WORLD)
 
-    # SIGTERM and Ctrl-C are only noted: the step at hand is finished and saved first.
+    # SIGTERM and Ctrl-C are only noted: the step at hand is finished and saved first. A second one
+    # changes nothing, as torchrun passes on what each process of its group has got already.
     signals = []
 
     def note(number, frame):
@@ -1708,7 +1710,7 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             if RANK == 0:
                 bar.write(f"step {step}: " + ", ".join(f"{k} {x:.4f}" for k, x in row.items()))
                 data.append_row(f"{cfg.out}/log.csv", {"step": step, **row})
-                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step, cfg, run)
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step, cfg, saved)
                 if sample_fn:
                     data.write_samples(f"{cfg.out}/samples", step, *sample_fn(ema), cfg)
         if step == cfg.steps:
@@ -1717,11 +1719,12 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         # The gradient of the mean loss over the batch, summed over parts that fit into memory.
         # Seeds follow from the step, so no random state needs saving.
         began = time.time()
+        batch = next(feed)
         torch.manual_seed(data.clip_key(cfg.seed, f"step {step} rank {RANK}"))
         net.zero_grad()
         sums = 0
-        for i, part in enumerate(data.split(next(feed), cfg.grad_accum)):
-            # DDP averages over processes in the last part alone: this is what no_sync() sets.
+        for i, part in enumerate(data.split(batch, cfg.grad_accum)):
+            # DDP averages over processes once, in the last part: this is what its no_sync() sets.
             net.require_backward_grad_sync = i == cfg.grad_accum - 1
             with autocast:
                 loss, parts = loss_fn(net, data.to_device(part, device))
@@ -1738,7 +1741,8 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
             dist.all_reduce(figures)
         *means, grad_norm, stop = (figures / WORLD).tolist()
 
-        # Leave out a step whose gradient is not finite. With fp16 there is one now and then.
+        # Leave out a step whose gradient is not finite. With fp16 there is one now and then, and
+        # the scaler, which has seen it in unscale_(), lowers its scale in update().
         bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
         if bad_steps == 50:
             raise data.UserError("50 steps without a finite gradient: lower --lr or use --amp off.")
@@ -1752,9 +1756,10 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
                 average.lerp_(p.detach(), 1 - decay)
         scaler.update()
 
-        # A row of the log: means since the row before.
-        history.append([sum(means), *means, grad_norm, time.time() - began])
-        if RANK == 0 and step % cfg.log_every == 0:
+        # A row of the log: means over the latest steps.
+        if bad_steps == 0:
+            history.append([sum(means), *means, grad_norm, time.time() - began])
+        if RANK == 0 and step % cfg.log_every == 0 and history:
             names = ["loss", *parts, "grad_norm", "seconds"]
             row = dict(zip(names, torch.tensor(list(history)).mean(0).tolist(), strict=True))
             bar.set_postfix(row)
@@ -1763,12 +1768,14 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
         # Told to stop: with this checkpoint the run goes on as if it had not been.
         if stop:
             if RANK == 0:
-                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step + 1, cfg, run)
+                data.save_checkpoint(f"{cfg.out}/ckpt.pt", step + 1, cfg, saved)
                 bar.write(f"Stopped after {step + 1} steps: the same command goes on from there.")
             sys.exit(0)
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if signals:  # while the last samples were made: what comes after training is not wanted
+        sys.exit(0)
     return ema
 
 

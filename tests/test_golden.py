@@ -218,7 +218,7 @@ class OldSolver(mm.DPMSolver):
         out = {}
         for k, y in x0.items():
             limit = torch.quantile(y.flatten(1).abs().float(), 0.995, dim=1).clamp(min=1)
-            limit = mm.spread(limit, y)
+            limit = mm.broadcast(limit, y)
             out[k] = y.clamp(-limit, limit) / limit
         return out
 
@@ -259,7 +259,7 @@ class ReleasedSolver(OldSolver):
 
     def order1(self, x, m, s, t):
         out = super().order1(x, m, s, t)
-        if not self.x0:
+        if not self.predict_x0:
             A = self.sigma(t) / self.sigma(s)
             B = self.alpha(t) * math.expm1(t - s)
             out["a"] = A * x["a"] - B * m["a"]
@@ -298,7 +298,7 @@ def test_dpm_solver(path):
 
     # Without the slip the adaptive solver keeps its promise (tolerance 0.05) in far fewer calls.
     calls = []
-    out = OldSolver(lambda x, t: (calls.append(t), eps(x, t))[1], abar, x0=False).adaptive2(x)
+    out = OldSolver(lambda x, t: (calls.append(t), eps(x, t))[1], abar, predict_x0=False).adaptive2(x)
     assert (out["v"] - d["exact_ode"]["video"]).abs().max() < 0.05 and len(calls) < 100
     # One clip is as good as two.
     solver = mm.DPMSolver(eps, abar)
@@ -313,9 +313,13 @@ def recipe_noise(name, shape):
 
 
 def step_noise():
-    """The normal draws of a golden run, in order."""
+    """The normal draws of a golden run, in order, for states."""
     calls = iter(range(10**6))
-    return lambda v: recipe_noise(f"step.{next(calls)}.{v.dim()}", v.shape)
+
+    def normal(x):
+        return {k: recipe_noise(f"step.{next(calls)}.{y.dim()}", y.shape) for k, y in x.items()}
+
+    return normal
 
 
 def coupled_eps(x, t):
