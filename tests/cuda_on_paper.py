@@ -19,6 +19,7 @@ what depends on values. The host reads floats as 0 (a copy) or 0.5 (an item), wh
 """
 import collections
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -33,8 +34,9 @@ from torch.utils._pytree import tree_map
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
+DEVICE = torch.Tensor.device.__get__
+IS_CUDA = torch.Tensor.is_cuda.__get__
 aten = torch.ops.aten
-COPIES = {aten.copy_, aten._to_copy}  # these may take a tensor of each device
 # A tensor on cuda may be indexed by whole numbers on the CPU: they are copied on the way.
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # Their floats must be of one type. CUDA's kernels check that; meta tensors do not.
@@ -136,8 +138,7 @@ def project_lines(root):
 
 
 def refuse_two_devices(func, args, tensors):
-    """Raise RuntimeError where an operation has tensors on both devices that must be on one."""
-    on_cuda = [x for x in tensors if x.is_meta]
+    """Raise RuntimeError where the tensors of an operation, on two devices, must be on one."""
     on_cpu = []
     for x in tensors:
         # A number, which is a tensor without dimensions, may be on the CPU in element-wise ones.
@@ -145,7 +146,7 @@ def refuse_two_devices(func, args, tensors):
         if not x.is_meta and not number:
             on_cpu.append(x)
     indexed = func.overloadpacket in INDEXED and args[0].is_meta
-    if on_cuda and on_cpu and not indexed:
+    if on_cpu and not indexed:
         places = [f"{list(x.shape)} on {'cuda' if x.is_meta else 'cpu'}" for x in tensors]
         raise RuntimeError(
             f"Expected all tensors to be on the same device: {func} of {', '.join(places)}"
@@ -153,9 +154,9 @@ def refuse_two_devices(func, args, tensors):
 
 
 def refuse_two_types(func, tensors):
-    """Raise RuntimeError where an operation has floats of two types that must be of one."""
+    """Raise RuntimeError where the floats of an operation are of two types."""
     dtypes = {x.dtype for x in tensors if x.is_floating_point()}
-    if func.overloadpacket in ONE_TYPE and len(dtypes) > 1:
+    if len(dtypes) > 1:
         raise RuntimeError(f"Expected all tensors to have the same dtype: {func} of {dtypes}")
 
 
@@ -164,6 +165,46 @@ def picks_by_mask(args):
     mask = any(x is not None and x.dtype == torch.bool for x in args[1])
     one_value = len(args) > 2 and args[2].numel() == 1  # masked_fill serves for it
     return mask and not one_value
+
+
+@functools.cache
+def makes_new(func):
+    """Whether all that an operation returns is new: it is no view, and nothing is changed."""
+    returned = func._schema.returns
+    return not func._schema.is_mutable and all(x.alias_info is None for x in returned)
+
+
+def outline(x):
+    """What the shapes and types of an operation's results follow from, of an argument."""
+    if isinstance(x, torch.Tensor):
+        return x.is_meta, x.dtype, x.shape, x.stride()
+    if isinstance(x, (list, tuple)):
+        return tuple(outline(y) for y in x)
+    return type(x), x  # with its type, as 1 == 1.0 == True
+
+
+def empty_like(x):
+    """New tensors in place of those in the results of an operation."""
+    if isinstance(x, torch.Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+    if isinstance(x, (list, tuple)):
+        return type(x)(empty_like(y) for y in x)
+    return x
+
+
+# Results of operations by the outline of their arguments. Torch works them out anew each time, in
+# Python, which would take half the time of a test.
+RESULTS = {}
+
+
+def run(func, args, kwargs):
+    """func(*args, **kwargs) for an operation on meta tensors."""
+    if not makes_new(func):
+        return func(*args, **kwargs)
+    key = (func, outline(args), outline(tuple(kwargs.items())))
+    if key not in RESULTS:
+        RESULTS[key] = empty_like(func(*args, **kwargs))
+    return empty_like(RESULTS[key])
 
 
 class Seen(TorchDispatchMode):
@@ -219,30 +260,33 @@ class Seen(TorchDispatchMode):
         op = func.overloadpacket
         tensors = tensors_in(args, kwargs)
         on_cuda = any(x.is_meta for x in tensors)
-        self.count += on_cuda
+        if not on_cuda:
+            to_cuda = op is aten._to_copy and kwargs.get("device") == META
+            if to_cuda and not kwargs.get("non_blocking"):
+                self.wait("from the CPU")
+            return func(*args, **kwargs)
+        self.count += 1
 
-        if on_cuda and op is aten._local_scalar_dense:  # item(), bool(), float(), int()
-            return self.read(tensors[0])
-        if on_cuda and op is aten.equal:  # istft asks by it whether its window has gaps
+        if op is aten._local_scalar_dense:  # item(), bool(), float(), int()
+            return self.read(args[0])
+        if op is aten.equal:  # istft asks by it whether its window has gaps
             self.wait("equal")
             return False
-        if op is aten._to_copy and on_cuda and kwargs.get("device") == CPU:
+        if op is aten._to_copy and kwargs.get("device") == CPU:
             return self.to_cpu(args[0], kwargs.get("dtype"))
-        if op is aten._to_copy and not on_cuda and kwargs.get("device") == META:
-            if not kwargs.get("non_blocking"):
-                self.wait("from the CPU")
         if op is aten.copy_ and args[0].is_meta != args[1].is_meta:
             return self.copy_between(args[0], args[1], any(args[2:]))
-        if op not in COPIES:
+        if not all(x.is_meta for x in tensors):
             refuse_two_devices(func, args, tensors)
+        if op in ONE_TYPE:
             refuse_two_types(func, tensors)
-        if on_cuda and op in INDEXED and picks_by_mask(args):
+        if op in INDEXED and picks_by_mask(args):
             self.wait("a mask as an index")
-        if on_cuda and op is UNSCALE:
+        if op is UNSCALE:
             return None
-        if on_cuda and op is UPDATE_SCALE:
+        if op is UPDATE_SCALE:
             return args[0]
-        return func(*args, **kwargs)
+        return run(func, args, kwargs)
 
 
 def on_meta(place):
@@ -290,11 +334,13 @@ class Names(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func == torch.Tensor.device.__get__ and args[0].is_meta:
-            return torch.device("cuda:0")
-        if func == torch.Tensor.is_cuda.__get__:
-            return args[0].is_meta
-        if func is torch.device or func.__name__ in ("__get__", "__set__"):
+        if func.__name__ in ("__get__", "__set__"):  # an attribute of a tensor
+            if func == DEVICE and args[0].is_meta:
+                return torch.device("cuda:0")
+            if func == IS_CUDA:
+                return args[0].is_meta
+            return func(*args, **kwargs)
+        if func is torch.device:
             return func(*args, **kwargs)
         args = tuple(on_meta(x) for x in args)
         kwargs = {name: on_meta(x) for name, x in kwargs.items()}
