@@ -19,11 +19,14 @@ import sample
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as the processes started below: sums are to agree to the last bit
+# Whatever a preset's value is, if the tests depend on it.
 TINY = """
     --preset toy --data toy --frames 4 --size 16 --rate 4000 --width 8 --mult 1,2 --norm_groups 4
     --heads 2 --cross_head_dim 8 --video_attention 2 --cross_attention 2 --windows 2
-    --random_shift true --motion_weight 0 --mu_law 0 --batch_size 4 --lr 1e-3 --warmup 0
-    --val_clips 2 --workers 0 --samples 1 --log_every 1 --eval_every 1000 --sample_steps 2
+    --random_shift true --prediction edm --data_mean -0.55,0 --data_std 0.42,0.165
+    --skip_std 0.1,0.165 --noise_levels 1.2,1.6 --motion_weight 0 --mu_law 0 --sampler ddim
+    --sample_steps 2 --batch_size 4 --optimizer muon --lr 1e-3 --lr_end 0.05 --warmup 0 --clip 1
+    --ema 0.99 --val_clips 2 --workers 0 --samples 1 --log_every 1 --eval_every 1000
 """.split()
 
 
@@ -245,7 +248,7 @@ V_PREDICTION = "--prediction edm --data_mean 0,0 --data_std 1,1 --skip_std 1,1"
 PREDICTIONS = {
     "eps": "--prediction eps",
     "v": V_PREDICTION,
-    "edm": "--prediction edm",  # the toy preset's
+    "edm": "--prediction edm",  # as in TINY
     "mu_law": "--prediction edm --mu_law 100",
     "motion": "--prediction edm --motion_weight 8",
 }
@@ -273,7 +276,7 @@ class Oracle(torch.nn.Module):
         out = []
         for i, k in enumerate("va"):
             x = self.seen[k]
-            abar = mm.spread(self.process.abar[t].float(), x)
+            abar = mm.broadcast(self.process.abar[t].float(), x)
             if cfg.prediction == "eps":
                 out.append((x - abar.sqrt() * self.x0[k]) / (1 - abar).sqrt())
                 continue
@@ -299,6 +302,11 @@ def oracle_for(options):
     return process, batch, Oracle(process, process.encode(batch))
 
 
+def normal_like(x):
+    """Normal noise like a state."""
+    return {k: torch.randn_like(y) for k, y in x.items()}
+
+
 def test_noise_belongs_to_the_clip_not_to_the_batch():
     x = {"v": torch.zeros(3, 2, 3), "a": torch.zeros(3, 5)}
     u, eps = mm.clip_noise(torch.tensor([7, 8, 9]), x)
@@ -315,17 +323,17 @@ def test_a_perfect_prediction_has_no_loss_and_gives_the_noise_back(options):
     assert loss.item() < 1e-9
     assert parts["video"].item() < 1e-9
     x0 = oracle.x0
-    noise = {k: torch.randn_like(y) for k, y in x0.items()}
+    noise = normal_like(x0)
     x = mm.diffuse(x0, float(process.abar[700]), noise)
     estimate = oracle.eps(x, 700)
     assert (estimate["v"] - noise["v"]).abs().max() < 1e-4
     assert (estimate["a"] - noise["a"]).abs().max() < 1e-4
     # Every solver walks from any noise to the one clean clip.
     plus = mm.DPMSolver(oracle.eps, process.abar)
-    released = mm.DPMSolver(oracle.eps, process.abar, x0=False)
+    released = mm.DPMSolver(oracle.eps, process.abar, predict_x0=False)
     results = (
         mm.denoise(mm.ddim_step, oracle.eps, noise, process.path(10), None),
-        mm.denoise(mm.ddpm_step, oracle.eps, noise, process.path(10), torch.randn_like),
+        mm.denoise(mm.ddpm_step, oracle.eps, noise, process.path(10), normal_like),
         plus.multistep(noise, plus.nodes(10)),
         released.singlestep3(noise, released.nodes(10)),
     )
@@ -407,8 +415,8 @@ def test_edm_with_mean_0_and_deviation_1_is_v_prediction():
     x0 = process.encode(batch)
     _, eps = mm.clip_noise(batch["key"], x0)
     abar = process.abar[(t * 1000).long()].float()
-    alpha = {k: mm.spread(abar.sqrt(), x0[k]) for k in x0}
-    sigma = {k: mm.spread((1 - abar).sqrt(), x0[k]) for k in x0}
+    alpha = {k: mm.broadcast(abar.sqrt(), x0[k]) for k in x0}
+    sigma = {k: mm.broadcast((1 - abar).sqrt(), x0[k]) for k in x0}
     xt = {k: alpha[k] * x0[k] + sigma[k] * eps[k] for k in x0}
     generator = torch.Generator().manual_seed(data.clip_key(process.cfg.seed, "shift 0"))
     out = net(xt["v"], xt["a"], (t * 1000).long(), net.draw_shifts(generator))
@@ -452,24 +460,26 @@ def moving_square():
 def test_the_motion_weight_is_on_what_moves():
     video, square = moving_square()
     video[1] *= 0.5
-    weight = mm.motion_weight(video, 8.0)
+    weight = mm.motion_weight(video, torch.tensor([8.0, 4.0]))
     assert weight.shape == (2, 8, 1, 16, 16)
     assert weight.mean((1, 2, 3, 4)).tolist() == pytest.approx([1, 1], abs=1e-5)
     ground = weight[:, :, :, :3]  # its upper rows, which the square never comes near
     assert (ground == ground[:, :1, :, :1, :1]).all()
-    assert weight[0][square[0]].min() > 2 * ground[0].max()
-    assert (mm.motion_weight(video, 0.0) == 1).all()
+    for i in range(2):
+        assert weight[i][square[i]].min() > 2 * ground[i].max()
+    assert (mm.motion_weight(video, torch.zeros(2)) == 1).all()
 
 
 def test_a_flash_of_the_whole_frame_is_no_motion():
+    k = torch.full((2,), 8.0)
     video, square = moving_square()
     flash = video.clone()
     flash[:, 3] = torch.where(square[:, 3], flash[:, 3], flash[:, 3] + 0.6)
-    assert torch.allclose(mm.motion_weight(flash, 8.0), mm.motion_weight(video, 8.0), atol=1e-5)
+    assert torch.allclose(mm.motion_weight(flash, k), mm.motion_weight(video, k), atol=1e-5)
     still = torch.full((1, 8, 3, 16, 16), -0.8)
     still[:, :, :, 6:10, 6:10] = 0.8
     still[:, 3] += 0.1
-    assert torch.allclose(mm.motion_weight(still, 8.0), torch.ones(()), atol=1e-5)
+    assert torch.allclose(mm.motion_weight(still, k[:1]), torch.ones(()), atol=1e-5)
 
 
 def test_the_motion_weight_is_not_in_what_is_reported():
@@ -787,7 +797,8 @@ def test_presets_build_and_divide(preset):
     ("--windows 1,2", "--windows"),
     ("--windows 9", "--windows"),
     ("--video_attention 16", "factors [1, 2]"),
-    ("--diffusion_steps 20", "25 or more"),
+    ("--diffusion_steps 20", "above 20"),
+    ("--diffusion_steps 50 --sample_steps 51", "--sample_steps must not exceed"),
     ("--random_shift perhaps", "--random_shift"),
     ("--preset huge", "--preset"),
     ("--fps 0", "too small"),

@@ -1,4 +1,4 @@
-"""The training loop of mm_diffusion.py: going on to the bit, signals, processes, bad steps, the log."""
+"""The training loop of mm_diffusion.py: the log, going on to the bit, signals, processes."""
 import contextlib
 import csv
 import os
@@ -71,7 +71,7 @@ def equal(one, two):
 
 
 def rows(folder):
-    return list(csv.DictReader(open(Path(folder) / "log.csv")))
+    return list(csv.DictReader(open(Path(folder) / "log.csv"), restval=""))
 
 
 def losses(folder):
@@ -155,7 +155,7 @@ def test_a_finished_run_makes_missing_samples_and_its_average_keeps_no_graph(tra
 
 
 def test_the_loss_falls(tmp_path):
-    fit(tiny("--steps", "40", "--out", str(tmp_path), "--val_clips", "8", "--lr", "3e-3"))
+    fit(tiny("--steps", "20", "--out", str(tmp_path), "--val_clips", "8", "--lr", "1e-2"))
     val = [float(row["val_loss"]) for row in rows(tmp_path) if row["val_loss"]]
     assert val[-1] < 0.8 * val[0]
 
@@ -253,8 +253,9 @@ def test_three_steps_and_three_more_are_six_to_the_bit(options, tmp_path):
     fit(cfg)
     one = saved(whole)
     two = saved(parts)
-    assert set(one) == {"model", "ema", "scaler", "step", "cfg", *mm.build_optimizers(
-        mm.build(cfg), cfg)}
+    parts_of_a_run = {"model", "ema", "scaler", "adamw", "step", "cfg"}
+    assert set(one) - {"muon"} == parts_of_a_run
+    assert ("muon" in one) == (cfg.optimizer == "muon")
     for name in set(one) - {"cfg"}:
         assert equal(one[name], two[name]), name
     assert losses(whole) == losses(parts)
@@ -384,7 +385,7 @@ def test_torchrun_interrupted_goes_on(number, parts, two_processes, twelve, tmp_
     """
     args = [*TWELVE, "--out", "run", "--grad_accum", str(parts)]
     _, out, err = interrupt(args, tmp_path, number, True, torchrun(2))
-    assert "mm_diffusion.py\", line" not in err, err
+    assert 'mm_diffusion.py", line' not in err, err
     check_stopped(tmp_path / "run", out)
     code, _, err = run(*args, cwd=tmp_path, launcher=torchrun(2))
     assert code == 0, err[-3000:]
