@@ -199,6 +199,18 @@ def test_pa_encodes_on_the_way(tmp_path, monkeypatch):
     assert not seen.waits_below("loss_of_clips")
 
 
+def test_pa_given_a_part():
+    with cuda_on_paper(ROOT) as seen:
+        cfg = pa.parse([*TINY_PA.split(), "--amp", "bf16"])
+        model = pa.ProAV(cfg).to("cuda").eval()
+        clip = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+        _, audio = pa.sample(model, 2, prompt="a red ball", video=clip)
+        video, _ = pa.sample(model, 1, negative_prompt="rain", audio=torch.zeros(1600))
+        assert audio.device.type == video.device.type == "cpu"
+    assert seen.count > 500
+    assert not seen.waits_below("forward"), seen.report()
+
+
 # ---- Copies to the device
 
 
@@ -363,7 +375,7 @@ def test_a_mask_as_an_index():
         assert not seen.waits
         x[x > 0] = torch.ones(3, device="cuda")
         assert sum(seen.waits.values()) == 1
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(RuntimeError):
             x[x > 0]
 
 
@@ -382,6 +394,16 @@ def test_a_wait_in_a_real_step(tmp_path, monkeypatch):
     assert sum(waits_in_steps(seen, CASES["mm"]).values()) == 3
     with pytest.raises(AssertionError, match="item"):
         check(seen, CASES["mm"], 1)
+
+
+def test_types_of_numbers():
+    """The tool remembers what follows from which arguments: 1 and 1.0 are not the same."""
+    with cuda_on_paper(ROOT):
+        x = torch.arange(3, device="cuda")
+        assert (x * 1).dtype == (x * True).dtype == torch.int64
+        assert (x * 1.0).dtype == torch.float32
+        assert (x.double() * 1).dtype == torch.float64
+        assert (torch.ones(3, 2, device="cuda").T + 1).shape == (2, 3)
 
 
 def test_types_under_autocast():
