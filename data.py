@@ -925,8 +925,20 @@ def read_config(kind, state, path):
 def resume(path, cfg, parts):
     """Bring the parts to the state that is saved in `path` -> steps done; 0 if there is no file.
 
-    Raises UserError for a file of another run, of an older version, or of no run.
+    Raises UserError for a file of another run, of an older version, or of no run; and where the
+    processes of torchrun do not find the same file.
     """
+    done = restore(path, cfg, parts)
+    if torch.distributed.is_initialized():
+        all_done = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_done, done)
+        if min(all_done) < max(all_done):
+            raise UserError(f"{path} must be in one folder for all nodes, on a disk that they share.")
+    return done
+
+
+def restore(path, cfg, parts):
+    """resume() in one process."""
     if not Path(path).exists():
         return 0
     instead = "choose another --out, or move it away."

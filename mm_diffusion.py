@@ -1664,11 +1664,6 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
     # Go on where an earlier run stopped. Of its log, drop what is about to be done again.
     saved = {"model": model, "ema": ema, "scaler": scaler, **optimizers}
     start = data.resume(f"{cfg.out}/ckpt.pt", cfg, saved)
-    if WORLD > 1:
-        starts = [start] * WORLD
-        dist.all_gather_object(starts, start)
-        if min(starts) < max(starts):
-            raise data.UserError(f"{cfg.out} must be one folder for all nodes, on a shared disk.")
     if RANK == 0:
         data.trim_log(f"{cfg.out}/log.csv", start)
 
