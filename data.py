@@ -933,7 +933,7 @@ def resume(path, cfg, parts):
         all_done = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(all_done, done)
         if min(all_done) < max(all_done):
-            raise UserError(f"{path} must be in one folder for all nodes, on a disk that they share.")
+            raise UserError(f"{path} must be one file for all nodes, on a disk that they share.")
     return done
 
 
