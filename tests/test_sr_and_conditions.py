@@ -666,6 +666,17 @@ def test_nearest_finds_copies(base, tmp_path, monkeypatch, capsys):
 # ---- Precision
 
 
+@pytest.mark.parametrize("method", ["replace", "gradient", "released"])
+def test_gradients_are_taken_in_float32(method):
+    """They would be lost below fp16's least number; the rest is as --amp says."""
+    model = net_of(tiny("--amp", "bf16"))
+    inside = set()
+    model.register_forward_pre_hook(lambda *_: inside.add(torch.is_autocast_enabled("cpu")))
+    _, audio = given_clip(model.cfg)
+    mm.sample(model, 1, audio=audio, method=method)
+    assert inside == {method == "replace"}
+
+
 @pytest.mark.parametrize("stage", ["base", "sr"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_losses_are_nearly_the_same_in_low_precision(dtype, tolerance, stage):

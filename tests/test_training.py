@@ -238,23 +238,24 @@ def test_the_learning_rate_warms_up_and_falls():
 
 
 @pytest.mark.parametrize("options", [
-    "--optimizer muon",
-    "--optimizer adamw",
+    "",  # Muon, without dropout: the run of the fixture
+    "--optimizer adamw --weight_decay 0.1 --clip 0.1",
     "--optimizer muon --dropout 0.1",
-    "--optimizer adamw --dropout 0.1 --weight_decay 0.1 --clip 0.1",
+    "--optimizer adamw --dropout 0.1",
 ])
-def test_three_steps_and_three_more_are_six_to_the_bit(options, tmp_path):
-    whole = tmp_path / "whole"
+def test_three_steps_and_three_more_are_six_to_the_bit(options, trained, tmp_path):
+    whole = trained
+    if options:
+        whole = tmp_path / "whole"
+        fit(tiny(*options.split(), *SIX, "--out", str(whole)))
     parts = tmp_path / "parts"
-    fit(tiny(*options.split(), *SIX, "--out", str(whole)))
     cfg = tiny(*options.split(), *SIX, "--out", str(parts))
     fit_until(3, cfg)
     assert saved(parts)["step"] == 3
     fit(cfg)
     one = saved(whole)
     two = saved(parts)
-    parts_of_a_run = {"model", "ema", "scaler", "adamw", "step", "cfg"}
-    assert set(one) - {"muon"} == parts_of_a_run
+    assert set(one) - {"muon"} == {"model", "ema", "scaler", "adamw", "step", "cfg"}
     assert ("muon" in one) == (cfg.optimizer == "muon")
     for name in set(one) - {"cfg"}:
         assert equal(one[name], two[name]), name
@@ -279,6 +280,39 @@ def test_steps_may_change_where_the_rate_is_constant(tmp_path):
     fit(tiny(*constant, str(tmp_path / "parts"), "--steps", "2"))
     fit(tiny(*constant, str(tmp_path / "parts"), "--steps", "4"))
     assert equal(saved(tmp_path / "whole")["model"], saved(tmp_path / "parts")["model"])
+
+
+def test_a_signal_at_the_very_end_ends_the_program_too(tmp_path):
+    """While the last samples are made: all is saved, but nothing more is wanted."""
+    cfg = tiny("--steps", "1", "--out", str(tmp_path))
+    calls = []
+
+    def sample_fn(model):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return None, torch.zeros(1, 1600)
+
+    clips = [mm.open_clips(cfg, split) for split in ("train", "val")]
+    with pytest.raises(SystemExit) as stop:
+        mm.fit(mm.build(cfg), mm.build_process(cfg).loss, cfg, *clips, sample_fn)
+    assert stop.value.code == 0
+    assert saved(tmp_path)["step"] == 1
+    assert (tmp_path / "samples" / "step000001_0.wav").exists()
+
+
+def test_processes_that_found_other_checkpoints_stop(tmp_path, monkeypatch):
+    """Nodes without a shared disk would train apart."""
+
+    def gather(all_done, done):
+        all_done[:] = [done, 3]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(data.UserError, match="on a disk that they share"):
+        fit(tiny(*SIX, "--out", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 # ---- Signals, sent to processes as users start them
@@ -347,17 +381,20 @@ def test_an_interrupted_run_goes_on_to_the_bit(number, to_group, twelve, tmp_pat
     assert code == 0, err
     assert "Traceback" not in err, err
     check_stopped(tmp_path / "run", out)
-    mm.main([*TWELVE, "--out", str(tmp_path / "run")])
+    fit(mm.parse([*TWELVE, "--out", str(tmp_path / "run")]))
     for name in ("model", "ema", "adamw", "muon", "step"):
         assert equal(saved(tmp_path / "run")[name], saved(twelve)[name]), name
     assert losses(tmp_path / "run") == losses(twelve)
 
 
+IN_PARTS = [*TWELVE, "--grad_accum", "2", "--out", "run"]
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Twelve steps by two processes, uninterrupted."""
+    """Twelve steps by two processes, in two parts each, uninterrupted."""
     folder = tmp_path_factory.mktemp("two")
-    code, out, err = run(*TWELVE, "--out", "run", cwd=folder, launcher=torchrun(2))
+    code, out, err = run(*IN_PARTS, cwd=folder, launcher=torchrun(2))
     assert code == 0, err[-3000:]
     assert out.count("parameters on cpu") == 1
     return folder / "run"
@@ -373,27 +410,30 @@ def check_the_same(one, two):
             assert figures[0] == pytest.approx(figures[1], rel=1e-3), name
 
 
-def test_two_processes_give_the_weights_and_figures_of_one(two_processes, twelve):
+def test_two_processes_in_parts_give_the_weights_and_figures_of_one(two_processes, twelve):
     check_the_same(two_processes, twelve)
 
 
-@pytest.mark.parametrize("number,parts", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_torchrun_interrupted_goes_on(number, parts, two_processes, twelve, tmp_path):
-    """Its whole group is signaled; it hands the signal on to the groups of its processes.
-
-    With grad_accum 2, the result is compared with that of one process without it.
-    """
-    args = [*TWELVE, "--out", "run", "--grad_accum", str(parts)]
-    _, out, err = interrupt(args, tmp_path, number, True, torchrun(2))
+def test_torchrun_told_to_stop_goes_on_to_the_bit(two_processes, tmp_path):
+    """Its group gets SIGTERM; it hands that on to the groups of its processes."""
+    _, out, err = interrupt(IN_PARTS, tmp_path, signal.SIGTERM, True, torchrun(2))
     assert 'mm_diffusion.py", line' not in err, err
     check_stopped(tmp_path / "run", out)
-    code, _, err = run(*args, cwd=tmp_path, launcher=torchrun(2))
+    code, _, err = run(*IN_PARTS, cwd=tmp_path, launcher=torchrun(2))
     assert code == 0, err[-3000:]
-    if parts == 1:
-        for name in ("model", "ema", "adamw", "muon", "step"):
-            assert equal(saved(tmp_path / "run")[name], saved(two_processes)[name]), name
-        assert losses(tmp_path / "run") == losses(two_processes)
-    check_the_same(tmp_path / "run", twelve)
+    for name in ("model", "ema", "adamw", "muon", "step"):
+        assert equal(saved(tmp_path / "run")[name], saved(two_processes)[name]), name
+    assert losses(tmp_path / "run") == losses(two_processes)
+
+
+def test_torchrun_interrupted_has_done_what_one_process_does(twelve, tmp_path):
+    """Ctrl-C, without parts; the losses until then are those of one process."""
+    args = [*TWELVE, "--out", "run"]
+    _, out, err = interrupt(args, tmp_path, signal.SIGINT, True, torchrun(2))
+    assert 'mm_diffusion.py", line' not in err, err
+    check_stopped(tmp_path / "run", out)
+    for step, loss in losses(tmp_path / "run").items():
+        assert float(loss) == pytest.approx(float(losses(twelve)[step]), rel=1e-4)
 
 
 # ---- Parts of a batch
@@ -485,6 +525,9 @@ def test_a_step_that_is_not_finite_is_skipped(optimizer, tmp_path):
     for state in (saved(tmp_path)[name] for name in mm.build_optimizers(model, cfg)):
         for values in state["state"].values():
             assert all(x.isfinite().all() for x in values.values())
+    # The row of that step repeats the means of the good ones.
+    assert list(losses(tmp_path)) == [0, 1, 2, 3]
+    assert losses(tmp_path)[2] == losses(tmp_path)[1]
 
 
 def test_many_bad_steps_stop_the_run_in_one_sentence(tmp_path):
