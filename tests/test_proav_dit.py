@@ -334,7 +334,7 @@ def test_what_muon_does_not_touch():
     assert "mdsa.streams.v.encoder.layers.0.0.fn.to_qkv.weight" in hidden["auto"]
     assert "dit.spatial_blocks.0.attn.qkv.weight" in hidden["model"]
     for k in hidden["auto"] + hidden["model"]:
-        for edge in ("table", "to_patch", "to_pixel", "embed", "final", "letters", "critics"):
+        for edge in ("table", "embed", "final", "letters", "critics"):
             assert edge not in k
 
 
