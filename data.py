@@ -838,7 +838,7 @@ def film_strip(path, video, audio, fps, rate):
 MAY_CHANGE = set("""
     preset out stage steps device amp compile checkpoint workers grad_accum init_from
     log_every eval_every val_clips samples sampler sample_steps guidance method seconds
-    sr_ckpt sr_sample_steps sr_steps griffin_lim need_good mdsa_steps
+    sr_ckpt sr_sample_steps sr_steps sr_grad_accum griffin_lim need_good mdsa_steps
 """.split())
 
 
