@@ -69,7 +69,7 @@ def rebuild(mdsa, batches):
         out, z, _ = mdsa(x)
         latents.append(z)
         streams = {}
-        streams["video"], streams["audio"] = pa.finished(mdsa, out)
+        streams["video"], streams["audio"] = pa.as_clips(mdsa, out)
         if streams["audio"] is not None:
             images = mdsa.mel(streams["audio"][:, None])
             heard += [pa.psnr(y[None], a[None]) for y, a in zip(images, x["a"], strict=True)]
