@@ -572,13 +572,18 @@ def gather_windows(x, count, S, R):
     """The window of every segment of a token sequence (section 3.3, step II).
 
     x (B, N, C) is cut into `count` segments of n = N // count tokens; segment i gets the S
-    segments from i + R on, modulo N -> (B * count, S * n, C). R is a 0-d tensor.
+    segments from i + R on, modulo N -> (B * count, S * n, C). R is a 0-d tensor; None: 0.
     """
     B, N, C = x.shape
     n = N // count
+    if S == 1 and R is None:  # every segment its own
+        return x[:, : count * n].reshape(B * count, n, C)
     # Move whole segments, unless a remainder makes the windows that wrap around slip.
     unit = n if N % count == 0 else 1
-    start = (torch.arange(count, device=x.device) + R) * n  # (count,)
+    first = torch.arange(count, device=x.device)
+    if R is not None:
+        first = first + R
+    start = first * n  # (count,)
     offset = torch.arange(0, S * n, unit, device=x.device)
     index = (start[:, None] + offset) % N // unit  # (count, S * n / unit)
     x = x.reshape(B, N // unit, unit * C).index_select(1, index.flatten())
@@ -732,13 +737,18 @@ class CoupledUNet(nn.Module):
         counts = []
         for module in self.modules():
             if isinstance(module, CrossAttention):
-                shifted = module.window and self.cfg.random_shift
-                counts.append(self.cfg.frames - module.window + 1 if shifted else 1)
+                span = module.window or self.cfg.frames
+                counts.append(self.cfg.frames - span + 1)
         return counts
 
     def draw_shifts(self, generator=None):
-        """A shift R for each cross-attention, uniform in 0 ... F - S -> (blocks,) int64."""
+        """A shift R for each cross-attention, uniform in 0 ... F - S -> (blocks,) int64.
+
+        Where nothing is shifted, a list of None.
+        """
         counts = self.shift_counts
+        if not self.cfg.random_shift:
+            return [None] * len(counts)
         device = generator.device if generator else counts.device
         u = torch.rand(len(counts), generator=generator, device=device)
         return (u.to(counts.device) * counts).long()
@@ -1602,10 +1612,11 @@ def build_optimizers(model, cfg):
             hidden.append(p)
         elif p.requires_grad:
             others.append(p)
-    adamw = torch.optim.AdamW(others, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+    decay = cfg.weight_decay
+    adamw = torch.optim.AdamW(others, cfg.lr, cfg.betas, weight_decay=decay, fused=True)
     optimizers = {"adamw": adamw}
     if hidden:
-        optimizers["muon"] = Muon(hidden, cfg.lr, cfg.weight_decay)
+        optimizers["muon"] = Muon(hidden, cfg.lr, decay)
     return optimizers
 
 

@@ -1629,10 +1629,11 @@ def build_optimizers(model, cfg):
             hidden.append(p)
         elif p.requires_grad:
             others.append(p)
-    adamw = torch.optim.AdamW(others, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+    decay = cfg.weight_decay
+    adamw = torch.optim.AdamW(others, cfg.lr, cfg.betas, weight_decay=decay, fused=True)
     optimizers = {"adamw": adamw}
     if hidden:
-        optimizers["muon"] = Muon(hidden, cfg.lr, cfg.weight_decay)
+        optimizers["muon"] = Muon(hidden, cfg.lr, decay)
     return optimizers
 
 

@@ -168,7 +168,7 @@ def test_shifts_lie_in_range_follow_the_generator_and_matter():
         one, _ = net(*x, torch.zeros(3, dtype=torch.long))
         two, _ = net(*x, torch.ones(3, dtype=torch.long))
     assert (one - two).abs().max() > 1e-4
-    assert net_of(tiny("--random_shift", "false")).draw_shifts().tolist() == [0, 0, 0]
+    assert net_of(tiny("--random_shift", "false")).draw_shifts() == [None, None, None]
 
 
 def test_attention_over_many_rows_is_done_in_parts(monkeypatch):
