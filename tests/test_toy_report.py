@@ -102,3 +102,10 @@ def test_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(data.UserError, match="--ckpt"):
         toy_report.newest("mm_diffusion")
+
+
+def test_balls_of_one_color_alone_are_noticed(real):
+    counts = toy_report.count_balls(real[0], LEAST)
+    assert counts["most_frequent"] < 90
+    same = np.repeat(real[0][:1], N, axis=0)
+    assert toy_report.count_balls(same, LEAST)["most_frequent"] == 100

@@ -10,6 +10,7 @@ split. The column of real clips shows what a perfect model would reach with n cl
 distances are above 0, too. The ball is counted in scenes of one ball: bounce, glide, pulse.
 Options that are not listed below go to the model, --sample_steps 50 for one.
 """
+
 import argparse
 import importlib
 import sys
@@ -25,17 +26,18 @@ from zero_shot import correlation, tracks  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
 
-CHROMA = 90              # a pixel whose largest and smallest channel differ by more is colored
+CHROMA = 90  # a pixel whose largest and smallest channel differ by more is colored
 # A ball is seen where this many pixels of a 32x32 frame are colored: half of the smallest real one.
 LEAST = {"bounce": 25, "glide": 25, "pulse": 4}
 
 
 # ---- What is counted
 
+
 def least_area(name):
     """The share of a frame that is a ball in clips of a data set like "toy:glide,pulse"."""
     scenes = name.partition(":")[2].split(",")
-    return min(LEAST.get(scene, 25) for scene in scenes) / 32 ** 2
+    return min(LEAST.get(scene, 25) for scene in scenes) / 32**2
 
 
 def balls(video, least):
@@ -45,15 +47,15 @@ def balls(video, least):
     of the colored pixels; center (n, F, 2), their mean x and y in pixels, where seen.
     """
     x = torch.as_tensor(video).float()
-    colored = x.amax(-1) - x.amin(-1) > CHROMA                       # (n, F, H, W) bool
+    colored = x.amax(-1) - x.amin(-1) > CHROMA  # (n, F, H, W) bool
     height, width = colored.shape[2:]
-    area = colored.sum((2, 3))                                       # (n, F) pixels
+    area = colored.sum((2, 3))  # (n, F) pixels
     seen = area >= least * height * width
-    area = area.clamp(min=1)                                         # no division by 0 where unseen
-    color = (x * colored[..., None]).sum((2, 3)) / area[..., None]   # (n, F, 3)
-    known = torch.tensor(list(data.COLORS.values())).float()         # (colors, 3)
-    hue = torch.cdist(color, known).argmin(2)                        # (n, F)
-    center_x = colored.sum(2) @ torch.arange(width) / area           # (n, F)
+    area = area.clamp(min=1)  # no division by 0 where unseen
+    color = (x * colored[..., None]).sum((2, 3)) / area[..., None]  # (n, F, 3)
+    known = torch.tensor(list(data.COLORS.values())).float()  # (colors, 3)
+    hue = torch.cdist(color, known).argmin(2)  # (n, F)
+    center_x = colored.sum(2) @ torch.arange(width) / area  # (n, F)
     center_y = colored.sum(3) @ torch.arange(height) / area
     return seen, hue, torch.stack([center_x, center_y], 2)
 
@@ -62,37 +64,42 @@ def count_balls(video, least):
     """Video (n, F, H, W, 3) uint8 -> {name: number}, names as in ROWS. least: see balls()."""
     seen, hue, center = balls(video, least)
     # Without a ball the hue is taken to be anything: a range of hues that is empty or one wide.
-    highest = hue.masked_fill(~seen, -1).amax(1)                     # (n,)
+    highest = hue.masked_fill(~seen, -1).amax(1)  # (n,)
     lowest = hue.masked_fill(~seen, len(data.COLORS)).amin(1)
-    one_color = highest == lowest                                    # false if never seen
-    step = center.diff(dim=1).norm(dim=2)                            # (n, F - 1) pixels
-    both = seen[:, 1:] & seen[:, :-1]                                # a ball before and after
-    jump = step.masked_fill(~both, 0).amax(1)                        # (n,)
-    return {"one_color": int(one_color.sum()),
-            "whole": int((one_color & seen.all(1)).sum()),
-            "missing": 100 * float((~seen).float().mean()),
-            "jump": float(jump[both.any(1)].mean())}
+    one_color = highest == lowest  # false if never seen
+    step = center.diff(dim=1).norm(dim=2)  # (n, F - 1) pixels
+    both = seen[:, 1:] & seen[:, :-1]  # a ball before and after
+    jump = step.masked_fill(~both, 0).amax(1)  # (n,)
+    most = hue[seen].bincount().max() / seen.sum() if seen.any() else torch.tensor(float("nan"))
+    return {
+        "most_frequent": 100 * float(most),
+        "one_color": int(one_color.sum()),
+        "whole": int((one_color & seen.all(1)).sum()),
+        "missing": 100 * float((~seen).float().mean()),
+        "jump": float(jump[both.any(1)].mean()),
+    }
 
 
 def levels(audio, rate):
     """How quiet is it where it is quiet? Audio (n, L) -> {name: dB}, names as in ROWS."""
     audio = torch.as_tensor(audio).float()
-    pieces = audio.unfold(1, rate // 50, rate // 50)                 # (n, N, 20 ms)
-    loudness = pieces.square().mean(2).sqrt()                        # (n, N) RMS
+    pieces = audio.unfold(1, rate // 50, rate // 50)  # (n, N, 20 ms)
+    loudness = pieces.square().mean(2).sqrt()  # (n, N) RMS
     window = torch.hann_window(256)
     spectrum = torch.stft(audio, 256, window=window, normalized=True, return_complex=True).abs()
     # np.quantile, as torch's takes no more than 16 million values
     quiet = np.quantile(loudness.numpy(), 0.1)
     between = np.quantile(spectrum.numpy(), 0.25)
-    return {"quiet": 20 * np.log10(quiet + 1e-9),
-            "between": 20 * np.log10(between + 1e-9)}
+    return {"quiet": 20 * np.log10(quiet + 1e-9), "between": 20 * np.log10(between + 1e-9)}
 
 
 def togetherness(video, audio, rate):
     """Mean correlation of motion and rise in loudness -> {name: number}, names as in ROWS."""
-    motion, rise = tracks(video, audio, rate)["motion, rise"]        # (n, F) each
-    return {"own": float(correlation(motion, rise).mean()),
-            "other": float(correlation(motion, rise.roll(1, 0)).mean())}
+    motion, rise = tracks(video, audio, rate)["motion, rise"]  # (n, F) each
+    return {
+        "own": float(correlation(motion, rise).mean()),
+        "other": float(correlation(motion, rise.roll(1, 0)).mean()),
+    }
 
 
 def observe(video, audio, events, cfg):
@@ -118,23 +125,27 @@ def distances(seen, reference, cfg):
 
 
 # name, what is printed, digits after the point
-ROWS = (("one_color", "clips whose ball keeps one color", 0),
-        ("whole", "whole clips: and it is never missing", 0),
-        ("missing", "frames without a ball, %", 1),
-        ("jump", "largest jump of the ball, pixels", 1),
-        ("jump_ratio", "the same, relative to real clips", 2),
-        ("quiet", "quietest tenth of the sound, dB", 0),
-        ("between", "lower quartile of the spectrogram, dB", 0),
-        ("own", "correlation of motion and loudness", 3),
-        ("other", "the same with another clip's sound", 3),
-        ("sync_ms", "from flash to onset, sync_ms", 0),
-        ("sync_ms_other", "the same with another clip's sound", 0),
-        ("fvd_builtin", "fvd_builtin", 1),
-        ("fad_builtin", "fad_builtin", 0),
-        ("fd_joint_builtin", "fd_joint_builtin", 3))
+ROWS = (
+    ("one_color", "clips whose ball keeps one color", 0),
+    ("whole", "whole clips: and it is never missing", 0),
+    ("missing", "frames without a ball, %", 1),
+    ("most_frequent", "balls of the most frequent color, %", 0),
+    ("jump", "largest jump of the ball, pixels", 1),
+    ("jump_ratio", "the same, relative to real clips", 2),
+    ("quiet", "quietest tenth of the sound, dB", 0),
+    ("between", "lower quartile of the spectrogram, dB", 0),
+    ("own", "correlation of motion and loudness", 3),
+    ("other", "the same with another clip's sound", 3),
+    ("sync_ms", "from flash to onset, sync_ms", 0),
+    ("sync_ms_other", "the same with another clip's sound", 0),
+    ("fvd_builtin", "fvd_builtin", 1),
+    ("fad_builtin", "fad_builtin", 0),
+    ("fd_joint_builtin", "fd_joint_builtin", 3),
+)
 
 
 # ---- The command
+
 
 def real_clips(name, split, n, cfg):
     """The first n clips of a split -> video (n, F, H, W, 3), audio (n, L), list of event times."""
@@ -148,8 +159,12 @@ def real_clips(name, split, n, cfg):
 def report(video, audio, events, reference, cfg, least):
     """All counts of n clips, {name: number}. reference: observed clips of the training split."""
     seen = observe(video, audio, events, cfg)
-    return {**count_balls(video, least), **levels(audio, cfg.rate),
-            **togetherness(video, audio, cfg.rate), **distances(seen, reference, cfg)}
+    return {
+        **count_balls(video, least),
+        **levels(audio, cfg.rate),
+        **togetherness(video, audio, cfg.rate),
+        **distances(seen, reference, cfg),
+    }
 
 
 def newest(model):
@@ -162,14 +177,21 @@ def newest(model):
 
 def options(argv=None):
     """The command line -> (options of this file, the others, which are the model's)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", default="mm_diffusion", help="model file [%(default)s]")
     parser.add_argument("--ckpt", help="its checkpoint [the newest in out/MODEL]")
     parser.add_argument("--data", default="toy:bounce", help="the real clips [%(default)s]")
     parser.add_argument("--n", type=int, default=32, help="samples, and real clips [%(default)s]")
-    parser.add_argument("--reference", type=int, default=256,
-                        help="training clips that both are compared with [%(default)s]")
+    parser.add_argument(
+        "--reference",
+        type=int,
+        default=256,
+        help="training clips that both are compared with [%(default)s]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples [%(default)s]")
     parser.add_argument("--prompt", help="for models that take one")
     parser.add_argument("--label", help="for models that have classes")
@@ -203,8 +225,10 @@ def main(argv=None):
     real = report(*real_clips(args.data, "val", args.n, cfg), reference, cfg, least)
     for row in (samples, real):
         row["jump_ratio"] = row["jump"] / real["jump"]
-    print(f"{args.n} samples of {args.model}, seed {args.seed} ({seconds:.0f} s), and as many "
-          f"validation clips of {args.data};\ndistances are to {args.reference} training clips")
+    print(
+        f"{args.n} samples of {args.model}, seed {args.seed} ({seconds:.0f} s), and as many "
+        f"validation clips of {args.data};\ndistances are to {args.reference} training clips"
+    )
     print(f"{'':40}{'samples':>10}{'real':>10}")
     for name, words, digits in ROWS:
         print(f"{words:40}{samples[name]:10.{digits}f}{real[name]:10.{digits}f}")
