@@ -65,7 +65,27 @@ def mm_diffusion(module, cfg, device):
     return net, process.loss, module.open_clips(cfg, "train"), sample
 
 
-BUILD = {"mm_diffusion": mm_diffusion}
+def proav_dit(module, cfg, device):
+    """The same of the generator; with --cache_latents 0 every step encodes its clips anew."""
+    model = module.ProAV(cfg).to(device)
+    flow = module.ReflectedFlow(model)
+    clips = data.open_dataset(cfg.data, "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
+    latents = {}
+
+    def loss(net, batch):
+        if not cfg.cache_latents:
+            return flow.loss_of_clips(net, batch)
+        if not latents:
+            latents.update(model.encode(model.mdsa.inputs(batch)))
+        return flow.loss(net, {**batch, **latents})
+
+    def sample(n):
+        return module.sample(model.eval(), n, prompt="a video of a red ball bouncing")
+
+    return model, loss, module.Captioned(clips, cfg), sample
+
+
+BUILD = {"mm_diffusion": mm_diffusion, "proav_dit": proav_dit}
 
 
 def seconds(f, repeat, device, clock=time.perf_counter):
