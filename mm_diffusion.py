@@ -14,7 +14,7 @@ meets all of the sound, at a small cost per call. Paper: Ruan et al. 2023.
         | H, W / 2                      | L / 4    ... down to the lowest scale, back with skips
     predicted noise (B, F, 3, H, W) predicted noise (B, 1, L)
 
-    python mm_diffusion.py                                       # toy: TOY_MINUTES on 2 cores
+    python mm_diffusion.py                                       # toy: 5 to 9 minutes, 2 cores
     torchrun --nproc_per_node=4 mm_diffusion.py --data concerts  # after `python data.py prepare`
     python sample.py --model mm_diffusion                        # mp4, wav, film strips, a page
     python sample.py --model mm_diffusion --video in.mp4         # its sound; --audio: the reverse

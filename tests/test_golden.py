@@ -415,84 +415,112 @@ def test_training_loss(path, monkeypatch):
     )
 
 
+def named(case, pattern):
+    """Entries of a case whose name matches -> [(what the pattern's group found, value)]."""
+    found = []
+    for name, value in case.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            found.append((match[1], value))
+    return found
+
+
 @files("metrics_fixtures")
 def test_metrics(path):
     d = load(path)
-    for case in d.get("frechet_mmd", {}).values():
-        x, y = case["x"], case["y"]
-        assert metrics.frechet(x, y) == pytest.approx(max(0, case["fd"]), rel=1e-6, abs=1e-9)
-        # Sums over batches; where n < D the root of a rank-deficient covariance loses digits.
-        a, b = (sum(metrics.moments(part) for part in z.split(7)) for z in (x, y))
-        assert metrics.frechet_of_moments(a, b) == pytest.approx(
-            max(0, case["fd"]), rel=1e-6, abs=1e-5
-        )
-        assert metrics.mmd(x, y) == pytest.approx(case["mmd2"], rel=1e-6)
+    checks = {
+        "frechet_mmd": check_frechet_and_mmd,
+        "inception": check_inception,
+        "kl": check_kl,
+        "mi": check_information,
+        "psnr": check_psnr,
+    }
+    for name, check in checks.items():
+        if name in d:
+            check(d[name])
     if c := d.get("mmd_blocks"):
         case = d["frechet_mmd"][c["case"]]
         mean, std, values = metrics.mmd_blocks(case["x"], case["y"], c["block"])
         assert [mean, std, *values] == pytest.approx([c["mean"], c["std"], *c["values"]], rel=1e-6)
-    if c := d.get("inception"):
-        assert metrics.inception_score(c["logits"])[0] == pytest.approx(c["is_exact"], rel=1e-6)
-        assert metrics.inception_score(c["logits"], eps=1e-7)[0] == pytest.approx(
-            c["is_mmdiffusion_eps1e7"], rel=1e-6
-        )
-        mean, std, values = metrics.inception_score(c["logits"], 4)
-        assert values == pytest.approx(c["is_4_splits"], rel=1e-6)
-        assert [mean, std] == pytest.approx([c["is_4_splits_mean"], c["is_4_splits_std"]], rel=1e-6)
-    if c := d.get("kl"):
-        real, fake = c["logits_ref"], c["logits_gen"]
-        assert metrics.paired_kl(real, fake) == pytest.approx(c["kl_ref_gen"], rel=1e-6)
-        assert metrics.paired_kl(fake, real) == pytest.approx(c["kl_gen_ref"], rel=1e-6)
-        assert metrics.paired_kl(real, fake, "softmax_eps") == pytest.approx(
-            c["kl_softmax_eps1e6"], rel=1e-6
-        )
-        assert metrics.paired_kl(real, fake, "sigmoid_eps") == pytest.approx(
-            c["kl_sigmoid_eps1e6"], rel=1e-6
-        )
-    if c := d.get("mi"):  # the figures have no shrinkage
-        assert metrics.mi_gaussian(c["x"], c["y"], shrinkage=0) == pytest.approx(
-            c["gaussian_estimate"], rel=1e-6
-        )
-        assert metrics.mi_histogram(c["x"], c["y"]) == pytest.approx(c["hist16_estimate"], rel=1e-6)
-        assert metrics.mi_ksg(c["x"], c["y"]) == pytest.approx(c["analytic"], abs=0.03)
-        multi = metrics.mi_gaussian(c["x_multi"], c["y_multi"], shrinkage=0)
-        assert multi == pytest.approx(c["gaussian_multi"], rel=1e-6)
-    if c := d.get("psnr"):
-        close(
-            metrics.psnr(c["x"], c["y"], c["data_range"]),
-            torch.tensor(c["per_item"]).double(),
-            1e-6,
-        )
-        whole = metrics.psnr(c["x"][None], c["y"][None], c["data_range"])[0].item()
-        assert whole == pytest.approx(c["of_mean_mse"], rel=1e-6)
     if c := d.get("sisdr"):
         close(metrics.si_sdr(c["est"], c["ref"]), torch.tensor(c["per_item"]).double(), 1e-6)
     if c := d.get("cosine"):
         assert metrics.cosine_score(c["a"], c["b"])[0] == pytest.approx(c["mean"], abs=1e-6)
 
 
+def check_frechet_and_mmd(cases):
+    for case in cases.values():
+        x = case["x"]
+        y = case["y"]
+        want = max(0, case["fd"])
+        assert metrics.frechet(x, y) == pytest.approx(want, rel=1e-6, abs=1e-9)
+        # Sums over batches; where n < D the root of a rank-deficient covariance loses digits.
+        a = sum(metrics.moments(part) for part in x.split(7))
+        b = sum(metrics.moments(part) for part in y.split(7))
+        assert metrics.frechet_of_moments(a, b) == pytest.approx(want, rel=1e-6, abs=1e-5)
+        assert metrics.mmd(x, y) == pytest.approx(case["mmd2"], rel=1e-6)
+
+
+def check_inception(c):
+    assert metrics.inception_score(c["logits"])[0] == pytest.approx(c["is_exact"], rel=1e-6)
+    for digits, want in named(c, r"is_.*_eps1e(\d+)"):
+        eps = 10.0 ** -int(digits)
+        assert metrics.inception_score(c["logits"], eps=eps)[0] == pytest.approx(want, rel=1e-6)
+    for splits, want in named(c, r"is_(\d+)_splits"):
+        mean, std, values = metrics.inception_score(c["logits"], int(splits))
+        assert values == pytest.approx(want, rel=1e-6)
+        both = [c[f"is_{splits}_splits_mean"], c[f"is_{splits}_splits_std"]]
+        assert [mean, std] == pytest.approx(both, rel=1e-6)
+
+
+def check_kl(c):
+    real = c["logits_ref"]
+    fake = c["logits_gen"]
+    assert metrics.paired_kl(real, fake) == pytest.approx(c["kl_ref_gen"], rel=1e-6)
+    assert metrics.paired_kl(fake, real) == pytest.approx(c["kl_gen_ref"], rel=1e-6)
+    for variant, want in named(c, r"kl_(softmax_eps|sigmoid_eps)1e6"):
+        assert metrics.paired_kl(real, fake, variant) == pytest.approx(want, rel=1e-6)
+
+
+def check_information(c):
+    """The figures have no shrinkage."""
+    estimate = metrics.mi_gaussian(c["x"], c["y"], shrinkage=0)
+    assert estimate == pytest.approx(c["gaussian_estimate"], rel=1e-6)
+    for bins, want in named(c, r"hist(\d+)_estimate"):
+        assert metrics.mi_histogram(c["x"], c["y"], int(bins)) == pytest.approx(want, rel=1e-6)
+    assert metrics.mi_ksg(c["x"], c["y"]) == pytest.approx(c["analytic"], abs=0.03)
+    multi = metrics.mi_gaussian(c["x_multi"], c["y_multi"], shrinkage=0)
+    assert multi == pytest.approx(c["gaussian_multi"], rel=1e-6)
+
+
+def check_psnr(c):
+    each = torch.tensor(c["per_item"]).double()
+    close(metrics.psnr(c["x"], c["y"], c["data_range"]), each, 1e-6)
+    whole = metrics.psnr(c["x"][None], c["y"][None], c["data_range"])[0].item()
+    assert whole == pytest.approx(c["of_mean_mse"], rel=1e-6)
+
+
 @files("av_align_fixtures")
 def test_av_align(path):
     d = load(path)
     for c in d.get("peak_lists", ()):
-        args = c["audio_peaks"], c["video_peaks"], c["fps"]
-        assert metrics.av_align_iou(*args) == pytest.approx(c["tempotokens_iou"], nan_ok=True), c[
-            "name"
-        ]
-        assert metrics.av_align_mean(*args, 3) == pytest.approx(c["proav_avg_win3"]), c["name"]
-        assert metrics.av_align_mean(*args, 1) == pytest.approx(c["proav_avg_win1"]), c["name"]
+        args = (c["audio_peaks"], c["video_peaks"], c["fps"])
+        iou = metrics.av_align_iou(*args)
+        assert iou == pytest.approx(c["tempotokens_iou"], nan_ok=True), c["name"]
+        for window, want in named(c, r"proav_avg_win(\d+)"):
+            assert metrics.av_align_mean(*args, int(window)) == pytest.approx(want), c["name"]
     for c in d.get("local_max", ()):
         assert metrics.peak_times(c["traj"], c["fps"]) == c["peaks"]
     for c in d.get("onsets", ()):
         strength = metrics.onset_envelope(c["wav"][None], c["sr"], c["hop"], c["n_fft"])[0]
         close(strength, c["envelope"].double(), 2e-5)
         assert metrics.onset_frames(strength, c["sr"], c["hop"]) == c["onset_frames"], c["name"]
-        assert metrics.onset_times(c["wav"], c["sr"]) == pytest.approx(
-            c["resampled22050_onset_times"]
-        ), c["name"]
+        times = metrics.onset_times(c["wav"], c["sr"])
+        assert times == pytest.approx(c["resampled22050_onset_times"]), c["name"]
     for c in d.get("flow", ()):
         flow = metrics.optical_flow(c["frames_gray"][None].float())[0]  # (F - 1, 2, H, W)
-        speed, theirs = flow.norm(dim=1).mean((1, 2)), torch.tensor(c["mean_flow_magnitude"])
+        speed = flow.norm(dim=1).mean((1, 2))
+        theirs = torch.tensor(c["mean_flow_magnitude"])
         assert ((speed - theirs).abs() <= 0.01 + 0.02 * theirs).all(), c["name"]
         assert (flow[0].permute(1, 2, 0) - c["first_flow"]).norm(dim=-1).mean() <= 0.005
         peaks = metrics.peak_times([speed[0], *speed], 1)
