@@ -24,7 +24,7 @@ off its wall. Paper: Sun et al. 2025.
 B clips of F frames, L x L patches in each (of the waveform, L samples); M mel bands, K columns; D
 features; C channels.
 
-    python proav_dit.py                              # toy, both stages: 9 minutes on 2 cores
+    python proav_dit.py                              # toy, both stages: 6 to 9 minutes, 2 cores
     torchrun --nproc_per_node=4 proav_dit.py --data concerts      # after `python data.py prepare`
     python sample.py --model proav_dit --prompt "a video of a red ball bouncing"
     python sample.py --model proav_dit --video my.mp4             # its sound; --audio: the reverse
