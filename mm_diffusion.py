@@ -1023,8 +1023,9 @@ class Diffusion:
 class EDM(Diffusion):
     """What makes minutes of training suffice. Ours, after Karras et al. 2022; not in the paper.
 
-    The network's output stands for the clip rather than the noise, the noise levels of training
-    are log-normal, moving pixels count more, and the sound is diffused as its mu-law code.
+    The network's output stands for the clip rather than the noise, and the noise levels of training
+    are log-normal. --motion_weight makes moving pixels count more, and with --mu_law the sound is
+    diffused as its mu-law code.
     """
 
     def __init__(self, cfg, device="cpu"):
