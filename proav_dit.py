@@ -31,7 +31,7 @@ features; C channels.
 
 Differs from the paper on purpose. A mel image keeps its M x K cells, and audio has patches of its
 own shape, so that the grids agree. LPIPS is replaced by perceptual(). Autoencoder and critics step
-together. A T5 is used with --text FOLDER; else a small encoder is learned here, from captions that
+together. A T5 is used with --t5 FOLDER; else a small encoder is learned here, from captions that
 vary. Ours alone: MDSA starts from the best linear code of some clips; sound for a video and the
 reverse, by leading the given planes along their path; no generator for an autoencoder that trivial
 codes beat; --dit_rope, turned on in toy and small, as the rows of a plane do not find each other in
@@ -128,9 +128,10 @@ class Config:
     dit_depth: int = 16  # pairs of a spatial and a temporal block
     dit_heads: int = 16  # heads of their attention
     dit_rope: bool = False  # rotary positions in the spatial blocks too
-    text: str = "bytes"  # bytes: an encoder learned here; else the folder of a T5
+    t5: str = ""  # folder of a T5; empty: a small text encoder is learned here
     text_width: int = 4096  # features of a word (T5 XXL: 4096)
     text_tokens: int = 300  # words read of a caption, its opening included
+    text_drop: float = 0.1  # share of captions dropped in training, for guidance
     guidance: float = 4.0  # strength w of classifier-free guidance; 1: none
     sample_steps: int = 30  # network calls per clip (twice that with guidance)
     cache_latents: int = 0  # clips to encode once, before stage dit; 0: encode batch by batch
@@ -331,14 +332,46 @@ def check(cfg):
         raise data.UserError("--width must divide by 8 and 2 * --proj_heads, --head_dim by 4.")
     if cfg.dit_width % 4 or cfg.dit_width % (2 * cfg.dit_heads):
         raise data.UserError("--dit_width must divide by 4 and 2 * --dit_heads.")
-    if cfg.text != "bytes" and t5_width(cfg.text) != cfg.text_width:
+    if cfg.t5 and t5_width(cfg.t5) != cfg.text_width:
         raise data.UserError(
-            f"--text {cfg.text} is not the folder of a T5 whose words have --text_width "
+            f"--t5 {cfg.t5} is not the folder of a T5 whose words have --text_width "
             f"{cfg.text_width} features."
         )
 
 
 # ---- Audio as video (section 3.1): per frame one image, rows low to high pitch, columns time.
+
+
+# same as uniform_dit.py
+def unmel(m, bank):
+    """Bands (B, M, columns) -> the bins (B, bins, columns), none negative, that explain them best.
+
+    bank (M, bins): the weights of the bins in the bands.
+    """
+    size = (torch.linalg.pinv(bank) @ m).clamp(min=1e-6)
+    # Least squares without negative bins, by the updates of Lee and Seung.
+    for _ in range(100):
+        size = size * (bank.T @ m) / (bank.T @ (bank @ size) + 1e-9)
+    return size
+
+
+# same as uniform_dit.py
+def griffin_lim(size, stft, istft, rounds):
+    """A waveform (B, L) whose spectrum has these magnitudes (B, bins, columns).
+
+    stft: (B, L) -> complex (B, bins, columns), istft: its inverse. Fast Griffin-Lim, momentum 0.99.
+    """
+    # All clips start from the same phases: no clip's sound depends on its neighbors.
+    draw = torch.Generator().manual_seed(0)
+    angle = torch.rand(size.shape[1:], generator=draw).to(size.device) * 2 * math.pi
+    phase = torch.polar(torch.ones_like(angle), angle)
+    before = 0
+    for _ in range(rounds):
+        now = stft(istft(size * phase))
+        phase = now - 0.99 / 1.99 * before
+        phase = phase / (phase.abs() + 1e-12)
+        before = now
+    return istft(size * phase)
 
 
 class Mel(nn.Module):
@@ -383,35 +416,17 @@ class Mel(nn.Module):
         images = (2 * a - 1).unflatten(2, (-1, self.columns))  # (B, M, F, K)
         return images.transpose(1, 2)[:, :, None]
 
-    def magnitudes(self, images):
-        """Mel images -> the bins (B, bins, L / hop + 1) that explain their bands best."""
+    def inverse(self, images):
+        """(B, F, 1, M, K) -> (B, L), by Griffin-Lim."""
         floor = self.cfg.floor
         a = images[:, :, 0].float().transpose(1, 2).flatten(2)  # (B, M, F * K)
         a = (a.clamp(-1, 1) + 1) / 2
         m = floor * torch.expm1(a * math.log1p(1 / floor))
-        m = F.pad(m, (0, 1), mode="replicate")
-        size = (torch.linalg.pinv(self.bank) @ m).clamp(min=1e-6)
-        # Least squares without negative bins, by the updates of Lee and Seung.
-        for _ in range(100):
-            size = size * (self.bank.T @ m) / (self.bank.T @ (self.bank @ size) + 1e-9)
-        return size
-
-    def inverse(self, images):
-        """(B, F, 1, M, K) -> (B, L), by Griffin-Lim (fast: momentum 0.99)."""
-        size = self.magnitudes(images)
-        # All clips start from the same phases: no clip's sound depends on its neighbors.
-        draw = torch.Generator().manual_seed(0)
-        angle = torch.rand(size.shape[1:], generator=draw).to(size.device) * 2 * math.pi
-        phase = torch.polar(torch.ones_like(angle), angle)
-        before = 0
-        for _ in range(self.cfg.griffin_lim):
-            now = self.stft(self.istft(size * phase))
-            phase = now - 0.99 / 1.99 * before
-            phase = phase / (phase.abs() + 1e-12)
-            before = now
-        return self.istft(size * phase)
+        size = unmel(F.pad(m, (0, 1), mode="replicate"), self.bank)
+        return griffin_lim(size, self.stft, self.istft, self.cfg.griffin_lim)
 
 
+# same as uniform_dit.py
 def psnr(x, y):
     """10 log10(2^2 / MSE) of clips in [-1, 1], averaged over the batch, in dB."""
     mse = (x.float() - y.float()).square().flatten(1).mean(1).clamp(min=1e-12)  # (B,)
@@ -450,6 +465,7 @@ def attend(q, k, v, heads):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
 
 
+# same as uniform_dit.py
 def rotate(x, turn):
     """Rotary position: turn the channel pairs (2i, 2i + 1) of every head.
 
@@ -459,6 +475,7 @@ def rotate(x, turn):
     return x * turn[0] + swapped * turn[1]
 
 
+# same as uniform_dit.py
 def turning(angles):
     """Angles of the channel pairs (N, d / 2) -> what rotate() needs, (2, N, 1, d)."""
     angles = angles.repeat_interleave(2, -1)  # (N, d)
@@ -466,12 +483,14 @@ def turning(angles):
     return torch.stack([angles.cos(), angles.sin() * signs])[:, :, None]
 
 
+# same as uniform_dit.py
 def line(n, dim):
     """Turns of the positions 0 ... n - 1, at the frequencies 10000^(-2i / dim)."""
     freqs = 10000 ** (-torch.arange(0, dim, 2) / dim)
     return turning(torch.arange(n)[:, None] * freqs)
 
 
+# same as uniform_dit.py
 def grid(shape, dim):
     """Turns of the N places of a grid; each axis has its share of the channel pairs.
 
@@ -525,6 +544,7 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x), *more)
 
 
+# same as uniform_dit.py
 def recomputed(cfg, function, *inputs):
     """function(*inputs). With --checkpoint, backward computes again what is inside."""
     if cfg.checkpoint and torch.is_grad_enabled():
@@ -833,6 +853,7 @@ class MDSA(nn.Module):
 # minutes instead, small autoencoders ended below a constant color. In float64, on the CPU.
 
 
+# same as uniform_dit.py
 def pca(parts):
     """The principal axes of rows, which come in parts (n, P).
 
@@ -987,6 +1008,7 @@ def adversarial(critic, real, fake):
     return loss
 
 
+# same as uniform_dit.py
 def generators(keys, device):
     """A random generator for each clip, seeded by its own key (B,).
 
@@ -995,6 +1017,7 @@ def generators(keys, device):
     return [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
 
 
+# same as uniform_dit.py
 def names_like(model, pattern):
     """The names of a model's parameters in which the pattern occurs."""
     return tuple(name for name, _ in model.named_parameters() if re.search(pattern, name))
@@ -1075,6 +1098,7 @@ class Autoencoding(nn.Module):
 # (B, T, S, D) has the planes for frames, each with S tokens of 2 x 2 numbers.
 
 
+# same as uniform_dit.py
 def attend_where(q, k, v, mask):
     """Attention of q (N, heads, n, d) to the keys that mask (N, 1, 1, m) tells -> (N, n, D)."""
     rows = 32768
@@ -1086,6 +1110,7 @@ def attend_where(q, k, v, mask):
     return x.transpose(1, 2).flatten(2)
 
 
+# same as uniform_dit.py
 class SelfAttention(nn.Module):
     """(N, n, D) -> (N, n, D); queries and keys are normed per head, then turned.
 
@@ -1111,6 +1136,7 @@ class SelfAttention(nn.Module):
         return self.proj(x)
 
 
+# same as uniform_dit.py
 class CrossAttention(nn.Module):
     """(B, N, D) from the words y (B, M, D), of which mask (B, M) tells the real ones."""
 
@@ -1130,6 +1156,7 @@ class CrossAttention(nn.Module):
         return self.proj(x)
 
 
+# same as uniform_dit.py
 class Mlp(nn.Module):
     """Two layers, tanh-GELU between them."""
 
@@ -1142,11 +1169,13 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+# same as uniform_dit.py
 def modulate(x, shift, scale):
     """LayerNorm whose scale and shift depend on the time."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+# same as uniform_dit.py
 class STDiT3Block(nn.Module):
     """Attention inside each frame (spatial) or along time at each place (temporal); to the text;
     MLP. The first and the last are modulated and gated by the time embedding (adaLN-single)."""
@@ -1278,14 +1307,15 @@ class STDiT(nn.Module):
 LETTERS = 12  # of a word; the rest is not read
 
 
+# same as uniform_dit.py
 def spell(caption, cfg):
     """A caption as numbers, 0 for none: (M, LETTERS) of (place, byte), or (M,) tokens of the T5.
 
     The empty caption stands for none: it has one word, which opens every caption (T5: ends it).
     """
     n = cfg.text_tokens
-    if cfg.text != "bytes":
-        tokenizer = t5(cfg.text, "tokenizer")
+    if cfg.t5:
+        tokenizer = t5(cfg.t5, "tokenizer")
         return np.array(
             tokenizer(caption, padding="max_length", max_length=n, truncation=True)["input_ids"]
         )
@@ -1297,15 +1327,17 @@ def spell(caption, cfg):
     return ids
 
 
+# same as uniform_dit.py
 @torch.no_grad()
 def read(words, cfg):
-    """What spell() wrote, in a batch -> what ProAV takes, and the mask (B, M) of its words."""
-    if cfg.text == "bytes":
+    """What spell() wrote, in a batch -> what the model takes, and the mask (B, M) of its words."""
+    if not cfg.t5:
         return words, words.any(-1)  # (B, M, LETTERS)
     mask = words > 0
-    return t5(cfg.text, "encoder", words.device)(words, mask).last_hidden_state.float(), mask
+    return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state.float(), mask
 
 
+# same as uniform_dit.py
 class ByteText(nn.Module):
     """A small text encoder: a word is the sum of its letters in their places.
 
@@ -1321,12 +1353,14 @@ class ByteText(nn.Module):
         return F.layer_norm(self.letters(ids).sum(2), self.places.shape[-1:]) + self.places
 
 
+# same as uniform_dit.py
 def t5_width(folder):
     """Features of a word of the T5 in a folder; None if there is none."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text()).get("d_model") if path.is_file() else None
 
 
+# same as uniform_dit.py
 @functools.lru_cache
 def t5(folder, part, device="cpu"):
     """The tokenizer or the encoder of a T5. Raises data.UserError where it cannot be loaded."""
@@ -1339,26 +1373,28 @@ def t5(folder, part, device="cpu"):
         return encoder.to(device).eval()
     except (ImportError, OSError) as error:
         raise data.UserError(
-            f"--text {folder} needs `pip install transformers` and a folder with "
+            f"--t5 {folder} needs `pip install transformers` and a folder with "
             f"a T5 encoder ({type(error).__name__})."
         ) from None
 
 
-def vary(caption, label, key):
+# same as uniform_dit.py
+def vary(caption, label, key, drop):
     """What the clip is called this time, so that short prompts are nothing new.
 
-    Nothing, for guidance (1 of 10); "a video of <label>", as in the paper (3 of 10); or its
-    caption, half the time short of some words.
+    Nothing, for guidance (a share `drop`); else one of three: "a video of <label>"; its caption;
+    its caption short of some words.
     """
     rng = np.random.default_rng(key)
     kind = rng.random()
     share = rng.uniform(0.3, 1)  # of the words to keep
-    if kind < 0.1:
+    if kind < drop:
         return ""
-    if kind < 0.4:
+    kind = (kind - drop) / (1 - drop)
+    if kind < 1 / 3:
         return "a video" if label == "unlabeled" else f"a video of {label}"
     words = re.sub("^a video( of)?", "", caption).split()
-    if kind >= 0.7:
+    if kind >= 2 / 3:
         words = [word for word in words if rng.random() < share]
     if not words:
         return "a video"
@@ -1366,6 +1402,7 @@ def vary(caption, label, key):
     return " ".join(opening + words)
 
 
+# same as uniform_dit.py
 class Captioned(torch.utils.data.Dataset):
     """A data set whose clips also have `words`, their captions as spell() writes them.
 
@@ -1385,7 +1422,8 @@ class Captioned(torch.utils.data.Dataset):
         caption = clip["caption"]
         if self.varied:
             label = self.dataset.labels[clip["label"]]
-            caption = vary(caption, label, data.clip_key(self.cfg.seed, i))
+            key = data.clip_key(self.cfg.seed, i)
+            caption = vary(caption, label, key, self.cfg.text_drop)
         clip["words"] = spell(caption, self.cfg)
         return clip
 
@@ -1400,7 +1438,7 @@ class ProAV(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.mdsa = MDSA(cfg).requires_grad_(False)
-        self.text = ByteText(cfg) if cfg.text == "bytes" else nn.Identity()
+        self.text = nn.Identity() if cfg.t5 else ByteText(cfg)
         side = cfg.size // cfg.patch
         self.rows = {"hw": side, "tw": cfg.frames, "th": cfg.frames}
         counts = torch.tensor(list(self.rows.values()) * len(cfg.streams))  # (P,)
@@ -1415,10 +1453,10 @@ class ProAV(nn.Module):
         return self.dit(x, t, self.text(text), mask) * self.valid
 
     @torch.no_grad()
-    def encode(self, x):
-        """Streams of pixels -> {"z_v": (B, 3, R, L, C), "z_a": ...}, padded with 0 to one size."""
+    def encode(self, batch):
+        """A batch on the device -> {"z_v": (B, 3, R, L, C), "z_a": ...}, padded with 0."""
         latents = {}
-        for m, planes in self.mdsa.encode(x).items():
+        for m, planes in self.mdsa.encode(self.mdsa.inputs(batch)).items():
             padded = []
             for mean, _ in planes.values():
                 missing = self.shape[1] - mean.shape[1]
@@ -1491,8 +1529,7 @@ class ReflectedFlow:
 
     def loss_of_clips(self, net, batch, t=None):
         """The same of a batch of clips, which are encoded on the way."""
-        x = self.model.mdsa.inputs(batch)
-        return self.loss(net, {**batch, **self.model.encode(x)}, t)
+        return self.loss(net, {**batch, **self.model.encode(batch)}, t)
 
     def draw(self, keys, device):
         """x_0 (B, P, R, L, C) and times (B,), each clip's from its own key."""
@@ -1796,11 +1833,13 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 # ---- The two stages
 
 
+# same as uniform_dit.py
 def say(text):
     if RANK == 0:
         print(text, flush=True)
 
 
+# same as uniform_dit.py
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -1900,8 +1939,9 @@ def examine(mdsa, val, device):
     return table
 
 
+# same as uniform_dit.py
 class Latents(torch.utils.data.Dataset):
-    """The first n clips of a data set as planes z_v, z_a; later ones are the same again.
+    """The first n clips of a data set as latents z_v, z_a; later ones are the same again.
 
     They are encoded once, into files of 32 clips, of which every process makes its share.
     """
@@ -1909,19 +1949,19 @@ class Latents(torch.utils.data.Dataset):
     def __init__(self, model, dataset, n, name, device):
         self.labels = dataset.labels
         self.n = n
-        # Other clips or other weights of MDSA, other files.
+        # Other clips or other weights of the autoencoder, which are the frozen ones, other files.
         cfg = model.cfg
-        weights = sum(p.cpu().double().abs().sum().item() for p in model.mdsa.parameters())
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
         mark = data.clip_key(cfg.seed, f"{n} of {cfg.data} by {weights}")
         folder = f"{cfg.out}/latents/{name}_{mark:015x}"
         paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
         for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):
             if not Path(paths[i]).exists():
                 batch = data.make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
-                x = data.to_device(batch, device)
-                z = model.encode(model.mdsa.inputs(x))
+                z = model.encode(data.to_device(batch, device))
                 clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
-                clips |= {k: planes.cpu() for k, planes in z.items()}
+                clips |= {name: latents.cpu() for name, latents in z.items()}
                 with data.whole_file(paths[i]) as new:
                     torch.save(clips, new)
         if WORLD > 1:
@@ -1988,6 +2028,7 @@ def train_dit(cfg, train, val, device):
 # ---- Sampling and the command line
 
 
+# same as uniform_dit.py
 def captions_for(n, prompt, label):
     """What the n clips are to show: prompt or label, one value or a list of n; "": anything."""
     if prompt and label:
@@ -2072,7 +2113,7 @@ def sample(
         x = data.to_device({name: y[part] for name, y in given.items()}, device)
         text = [words[part].to(device), negative, guidance]
         with autocast:
-            known = model.encode(model.mdsa.inputs(x))
+            known = model.encode(x)
             z = flow.sample(x0[part].to(device), *text, steps or cfg.sample_steps, known)
             out = model.decode(z)
         v, a = as_clips(model.mdsa, out)

@@ -76,7 +76,7 @@ def proav_dit(module, cfg, device):
         if not cfg.cache_latents:
             return flow.loss_of_clips(net, batch)
         if not latents:
-            latents.update(model.encode(model.mdsa.inputs(batch)))
+            latents.update(model.encode(batch))
         return flow.loss(net, {**batch, **latents})
 
     def sample(n):

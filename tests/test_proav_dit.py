@@ -414,17 +414,17 @@ def test_spelling():
 
 
 def test_variation_of_captions():
-    names = [pa.vary("a small red ball", "bounce", key) for key in range(2000)]
+    names = [pa.vary("a small red ball", "bounce", key, 0.1) for key in range(2000)]
     assert 0.07 < names.count("") / 2000 < 0.14
     assert 0.25 < names.count("a video of bounce") / 2000 < 0.35
     assert names.count("a small red ball") / 2000 > 0.14
     wanted = {"red ball", "a small ball", "a video of a small red ball", "a video of red ball"}
     assert wanted <= set(names)
     for caption in ("a video of rain", "a video"):  # of a clip that came without a caption
-        names = {pa.vary(caption, "rain", key) for key in range(300)}
+        names = {pa.vary(caption, "rain", key, 0.1) for key in range(300)}
         assert names <= {"", "a video of rain", "rain", "a video"}
         assert len(names) > 1
-    assert "a video" in {pa.vary("a video", "unlabeled", key) for key in range(20)}
+    assert "a video" in {pa.vary("a video", "unlabeled", key, 0.1) for key in range(20)}
 
 
 def test_the_loader_spells_captions():
@@ -439,7 +439,7 @@ def test_the_loader_spells_captions():
     said = {pa.Captioned(dataset, cfg)[0]["words"].tobytes()}
     for number in range(0, 200 * len(dataset.labels), len(dataset.labels)):
         label = dataset.labels[dataset[number]["label"]]
-        name = pa.vary(dataset[number]["caption"], label, data.clip_key(cfg.seed, number))
+        name = pa.vary(dataset[number]["caption"], label, data.clip_key(cfg.seed, number), 0.1)
         assert np.array_equal(varied[number]["words"], pa.spell(name, cfg))
         said.add(varied[number]["words"].tobytes())
     assert len(said) > 20
@@ -469,7 +469,7 @@ def test_a_t5_reads_captions(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", fake_transformers(16))
     pa.t5.cache_clear()
     out = tmp_path / "run"
-    pa.main([*TINY, "--text", str(tmp_path), "--out", str(out), "--mdsa_steps", "1",
+    pa.main([*TINY, "--t5", str(tmp_path), "--out", str(out), "--mdsa_steps", "1",
              "--steps", "1"])
     model = pa.load(out / "ckpt.pt")
     assert pa.sample(model, 2, prompt=["red", "blue"])[0].shape == (2, 4, 8, 8, 3)
@@ -484,9 +484,9 @@ def test_a_t5_reads_captions(tmp_path, monkeypatch):
 def test_a_t5_of_another_width_or_without_its_library_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"d_model": 24}')
     with pytest.raises(data.UserError, match="--text_width 16"):
-        tiny("--text", str(tmp_path))  # TINY has 16
+        tiny("--t5", str(tmp_path))  # TINY has 16
     monkeypatch.setitem(sys.modules, "transformers", None)
-    cfg = tiny("--text", str(tmp_path), "--text_width", "24")
+    cfg = tiny("--t5", str(tmp_path), "--text_width", "24")
     with pytest.raises(data.UserError, match="transformers"):
         pa.spell("a", cfg)
 
@@ -508,7 +508,7 @@ def test_flow_recovers_a_known_velocity_and_counts_valid_entries_alone():
     model = net_of(pa.ProAV, cfg)
     flow = pa.ReflectedFlow(model)
     batch = clips(cfg)
-    latents = model.encode(model.mdsa.inputs(batch))
+    latents = model.encode(batch)
     z = torch.cat([latents["z_a"], latents["z_v"]], 1)
     assert z.shape == (2, 6, 8, 4, 4)
     assert (z * ~model.valid).abs().max() == 0
@@ -550,8 +550,9 @@ def test_noise_of_a_clip_is_its_own():
 def test_decode_inverts_the_stacking():
     cfg = tiny("--frames", "8")
     model = net_of(pa.ProAV, cfg)
-    x = model.mdsa.inputs(clips(cfg))
-    z = model.encode(x)
+    batch = clips(cfg)
+    x = model.mdsa.inputs(batch)
+    z = model.encode(batch)
     out = model.decode(torch.cat([z["z_a"], z["z_v"]], 1))
     want = model.mdsa(x)[0]
     for m in "va":
@@ -629,7 +630,7 @@ def test_latents_come_in_files_and_go_round(tmp_path):
     for i in (0, 35, 40 + 35):
         clip = latents[i]
         x = data.to_device(data.make_batch(dataset, 0, [i % 40]), "cpu")
-        z = model.encode(model.mdsa.inputs(x))
+        z = model.encode(x)
         assert (clip["z_v"] - z["z_v"][0]).abs().max() < 1e-5
         assert clip["caption"] == x["caption"][0]
         assert clip["label"] == x["label"][0]
@@ -848,7 +849,7 @@ MISTAKES = [
     ("--hop 33", "multiple of"),
     ("--n_mels 20 --size 24", "--n_mels (20)"),
     ("--betas 0.9", "two numbers"),
-    ("--text nowhere", "not the folder of a T5"),
+    ("--t5 nowhere", "not the folder of a T5"),
     ("--device gpu", "no --device gpu"),
     ("--init_from nowhere.pt --stage mdsa", "no checkpoint nowhere.pt"),
     ("--blocks 3,2,2", "--blocks"),
