@@ -6,6 +6,7 @@ L = F * rate // fps samples of exactly the same time; label, an index into datas
     python data.py preview toy                     # some clips of a data set, and a picture of all
     python data.py prepare FOLDER --name concerts  # a folder of videos -> datasets/concerts
 """
+
 import argparse
 import ast
 import contextlib
@@ -835,11 +836,14 @@ def film_strip(path, video, audio, fps, rate):
 
 
 # Options that may change when a run goes on. Any other would make it another run.
-MAY_CHANGE = set("""
+MAY_CHANGE = set(
+    """
     preset out stage steps device amp compile checkpoint workers grad_accum init_from
     log_every eval_every val_clips samples sampler sample_steps guidance method seconds
     sr_ckpt sr_sample_steps sr_steps sr_grad_accum griffin_lim need_good mdsa_steps
-""".split())
+    vae_steps video_vae audio_vae vocoder
+""".split()
+)
 
 
 @contextlib.contextmanager

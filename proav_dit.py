@@ -1419,7 +1419,7 @@ class Captioned(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         clip = dict(self.dataset[i])
-        caption = clip["caption"]
+        caption = clip["caption"] if self.cfg.text_drop < 1 else ""
         if self.varied:
             label = self.dataset.labels[clip["label"]]
             key = data.clip_key(self.cfg.seed, i)
@@ -1953,7 +1953,8 @@ class Latents(torch.utils.data.Dataset):
         cfg = model.cfg
         frozen = [p for p in model.parameters() if not p.requires_grad]
         weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
-        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data} by {weights}")
+        clip = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
+        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data}, {clip}, by {weights}")
         folder = f"{cfg.out}/latents/{name}_{mark:015x}"
         paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
         for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):

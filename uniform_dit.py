@@ -105,7 +105,7 @@ class Config:
     audio_channels: int = 8  # small: channels, C_a
     vae_width: int = 64  # small: channels of its convolutions
     vae_blocks: int = 2  # small: residual blocks of an encoder; a decoder has one more
-    kl: float = 1e-4  # small: weight of the KL term
+    kl: float = 1e-3  # small: weight of the KL term
     need_good: bool = True  # no stage dit with a codec that trivial codes beat
     vae_steps: int = 10000  # optimizer steps of stage vae
     vae_batch_size: int = 16  # clips per step
@@ -176,10 +176,12 @@ PRESETS = {
         hop=80,
         window=400,
         n_fft=512,
+        floor=3e-3,
         codec="small",
         audio_patch=(8, 8),
-        vae_steps=600,
-        vae_batch_size=8,
+        vae_steps=1200,
+        vae_batch_size=4,
+        vae_lr=5e-3,
         width=128,
         depth=3,
         heads=4,
@@ -281,6 +283,12 @@ def check(cfg):
         choices = CHOICES.get(field.name, (value,))
         if value not in choices:
             raise data.UserError(f"--{field.name} must be one of {', '.join(choices)}.")
+    if cfg.diffusion_steps <= 20:
+        raise data.UserError("--diffusion_steps must be above 20: else the last beta is 1 or more.")
+    if cfg.sample_steps > cfg.diffusion_steps:
+        raise data.UserError("--sample_steps must not exceed --diffusion_steps.")
+    if cfg.stage == "vae" and cfg.codec == "pretrained":
+        raise data.UserError("--stage vae trains --codec small; a pretrained one needs none.")
     if cfg.init_from and cfg.stage == "all" and cfg.codec == "small":
         raise data.UserError("--init_from starts one stage: add --stage vae or --stage dit.")
     if len(cfg.betas) != 2 or len(cfg.vae_betas) != 2:
@@ -323,7 +331,7 @@ def check(cfg):
 
 
 def slaney_bank(cfg):
-    """The mel bands of a magnitude spectrum (M, bins): triangles of Slaney's scale, of area 1 Hz."""
+    """The mel bands of a magnitude spectrum (M, bins): Slaney's triangles, of area 1 Hz."""
     # The scale is linear up to 1,000 Hz, which is mel 15, and logarithmic above.
     step = math.log(6.4) / 27
     top = 15 + math.log(cfg.rate / 2 / 1000) / step
@@ -383,13 +391,13 @@ class Mel(nn.Module):
     def stft(self, x):
         """(B, L) -> (B, bins, L / hop + 1); column k is centered on sample k * hop."""
         cfg = self.cfg
+        # Centered columns: the ends are padded with n_fft / 2 samples of their mirror image.
         return torch.stft(x, cfg.n_fft, cfg.hop, cfg.window, self.window, return_complex=True)
 
     def istft(self, x):
         """The inverse: (B, bins, L / hop + 1) -> (B, L)."""
         cfg = self.cfg
-        length = cfg.hop * (x.shape[2] - 1)
-        return torch.istft(x, cfg.n_fft, cfg.hop, cfg.window, self.window, length=length)
+        return torch.istft(x, cfg.n_fft, cfg.hop, cfg.window, self.window)
 
     def forward(self, audio):
         """(B, 1, L) in [-1, 1] -> (B, 1, T, M), T = L / hop: natural logarithms."""
@@ -401,7 +409,8 @@ class Mel(nn.Module):
     def inverse(self, mel):
         """(B, 1, T, M) -> (B, L), by Griffin-Lim."""
         with torch.autocast(mel.device.type, enabled=False):
-            m = mel[:, 0].float().mT.exp()  # (B, M, T)
+            # Bands at the floor are silent, not as loud as it.
+            m = (mel[:, 0].float().mT.exp() - self.cfg.floor).clamp(min=0)  # (B, M, T)
             size = unmel(F.pad(m, (0, 1), mode="replicate"), self.bank)
             return griffin_lim(size, self.stft, self.istft, self.cfg.griffin_lim)
 
@@ -450,210 +459,189 @@ def zeroed(module):
     return module
 
 
-class Conv3(nn.Module):
-    """A convolution of size 3 over a picture, or over a clip, where it never looks ahead in time."""
-
-    def __init__(self, dims, i, o):
-        super().__init__()
-        conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        self.conv = conv(i, o, 3)
-        self.pad = (1, 1, 1, 1) if dims == 2 else (1, 1, 1, 1, 2, 0)  # before and after, last first
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.pad))
-
-
 class ConvBlock(nn.Module):
-    """x + two convolutions of x. Features are normed at each place alone: no look ahead there."""
+    """x (B, D, T, H, W) + a convolution over its neighbors and a wide layer at each place."""
 
-    def __init__(self, dims, width):
+    def __init__(self, width):
         super().__init__()
-        conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        self.near = Conv3(dims, width, width)
-        self.mix = conv(width, width, 1)
+        self.space = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1))
+        self.time = nn.Conv3d(width, width, (3, 1, 1))
+        self.widen = nn.Conv3d(width, 4 * width, 1)
+        self.narrow = nn.Conv3d(4 * width, width, 1)
 
     def forward(self, x):
-        h = F.silu(normed(x))
-        h = F.silu(normed(self.near(h)))
-        return x + self.mix(h)
-
-
-def normed(x):
-    """Features (B, C, ...) to mean square 1 at each place."""
-    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+        # Neither norm nor convolution looks ahead in time: a place is normed on its own, and the
+        # frames of the convolution are this one and the two before.
+        h = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+        h = self.space(h)
+        h = h + self.time(F.pad(h, (0, 0, 0, 0, 2, 0)))
+        return x + self.narrow(F.silu(self.widen(h)))
 
 
 class SmallVAE(nn.Module):
-    """Pictures (B, C, H, W) or clips (B, C, F, H, W) <-> codes of their patches.
+    """Clips (B, C, F, H, W) <-> codes of their patches (B, codes, T, H, W). A picture is one frame.
 
-    Encoder and decoder: a linear map of each patch, plus a residual branch over its neighbors whose
-    last layer starts at zero.
+    Encoder and decoder: a linear map of each patch, plus what a few convolutions make of it and its
+    neighbors, whose last layer starts at zero. The posterior of a code is normal, with the mean of
+    encode() and one deviation for all: learned ones shrank to 0.01 with a small KL weight, and with
+    a large one some channels fell silent. With this one, decoding forgives a generator's errors.
     """
+
+    noise = 0.15  # the deviation
 
     def __init__(self, channels, patch, codes, width, blocks):
         super().__init__()
-        dims = len(patch)
-        conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        unconv = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
         self.patch = patch
-        self.to_codes = conv(channels, 2 * codes, patch, patch)  # mean and log-variance
-        self.enter = conv(channels, width, patch, patch)
-        self.encoder = nn.Sequential(*[ConvBlock(dims, width) for _ in range(blocks)])
-        self.leave = zeroed(conv(width, 2 * codes, 1))
-        self.from_codes = unconv(codes, channels, patch, patch, bias=False)
+        self.to_codes = nn.Conv3d(channels, codes, patch, patch)
+        self.enter = nn.Conv3d(channels, width, patch, patch)
+        self.encoder = nn.Sequential(*[ConvBlock(width) for _ in range(blocks)])
+        self.leave = zeroed(nn.Conv3d(width, codes, 1))
+        self.from_codes = nn.ConvTranspose3d(codes, channels, patch, patch, bias=False)
         self.mean_patch = nn.Parameter(torch.zeros(channels, *patch))
-        self.reenter = Conv3(dims, codes, width)
-        self.decoder = nn.Sequential(*[ConvBlock(dims, width) for _ in range(blocks + 1)])
-        self.render = zeroed(unconv(width, channels, patch, patch))
+        self.reenter = nn.Conv3d(codes, width, 1)
+        self.decoder = nn.Sequential(*[ConvBlock(width) for _ in range(blocks + 1)])
+        self.render = zeroed(nn.ConvTranspose3d(width, channels, patch, patch))
+        # Latents are codes less their mean, over their deviation.
+        self.register_buffer("mean", torch.zeros(codes, 1, 1, 1))
+        self.register_buffer("deviation", torch.ones(codes, 1, 1, 1))
+
+    @torch.no_grad()
+    def start(self, clips):
+        """Become the best linear code of some clips, a list of (B, C, F, H, W)."""
+        mean, variances, axes = pca(self.rows(x.double()) for x in clips)
+        codes = len(self.mean)
+        deviations = variances[:codes].clamp(min=1e-8).sqrt()
+        into = (axes[:, :codes] / deviations).T  # (codes, P): each code has variance 1
+        back = (axes[:, :codes] * deviations).T
+        shape = self.from_codes.weight.shape  # (codes, C, p, q, r)
+        self.to_codes.weight.copy_(into.view(shape))
+        self.to_codes.bias.copy_(-into @ mean)
+        self.from_codes.weight.copy_(back.view(shape))
+        self.mean_patch.copy_(mean.view(shape[1:]))
 
     def rows(self, x):
         """Clips -> their patches as rows (N, P), in the order of a convolution's weights."""
         for axis, size in enumerate(self.patch, 2):
             x = x.unfold(axis, size, size)  # in the end (B, C, T, H, W, p, q, r)
-        dims = len(self.patch)
-        return x.movedim(1, dims + 1).flatten(0, dims).flatten(1)
+        return x.movedim(1, 4).flatten(0, 3).flatten(1)
 
     @torch.no_grad()
-    def start(self, clips):
-        """Become the best linear code of the clips, a list of (B, C, ...): their principal axes."""
-        mean, variances, axes = pca(self.rows(x.double()) for x in clips)
-        codes = self.from_codes.in_channels
-        deviations = variances[:codes].clamp(min=1e-8).sqrt()
-        into = (axes[:, :codes] / deviations).T  # (codes, P): each code has variance 1
-        back = (axes[:, :codes] * deviations).T
-        shape = self.from_codes.weight.shape
-        nn.init.zeros_(self.to_codes.weight)
-        self.to_codes.weight[:codes] = into.view(shape)
-        self.to_codes.bias[:codes] = -into @ mean
-        self.to_codes.bias[codes:] = LOGVAR
-        self.from_codes.weight.copy_(back.view(shape))
-        self.mean_patch.copy_(mean.view(shape[1:]))
+    def measure(self, clips):
+        """Set mean and deviation to those of each channel of the codes of some clips."""
+        codes = torch.cat([self.encode(x) for x in clips])
+        deviation, mean = torch.std_mean(codes, (0, 2, 3, 4))
+        self.mean.copy_(mean.view_as(self.mean))
+        self.deviation.copy_(deviation.view_as(self.mean))
 
     def encode(self, x):
-        """-> mean and log-variance of the codes, (B, codes, T, H, W) each."""
-        h = self.leave(self.encoder(self.enter(x)))
-        return (self.to_codes(x) + h).chunk(2, 1)
+        """Clips -> means of the codes."""
+        return self.to_codes(x) + self.leave(self.encoder(self.enter(x)))
 
-    def decode(self, z):
+    def decode(self, codes):
         """Codes -> clips."""
-        tiled = self.mean_patch.repeat(1, *z.shape[2:])
-        h = self.render(self.decoder(self.reenter(z)))
-        return self.from_codes(z) + tiled + h
+        tiled = self.mean_patch.repeat(1, *codes.shape[2:])  # (C, F, H, W)
+        h = self.render(self.decoder(self.reenter(codes)))
+        return self.from_codes(codes) + tiled + h
 
+    def latents(self, x):
+        """Clips -> codes, normalized."""
+        return (self.encode(x) - self.mean) / self.deviation
 
-LOGVAR = -5.0  # of the fresh codes: a deviation of 0.08
+    def clips(self, z):
+        """The inverse: latents (B, codes, T, H, W) -> clips."""
+        return self.decode(z * self.deviation + self.mean)
 
 
 class SmallCodec(nn.Module):
-    """Both autoencoders. Streams are {"video": (B, 3, F, H, W), "audio": (B, 1, T, M)}."""
-
-    names = {"video": "z_v", "audio": "z_a"}
+    """Both autoencoders. Streams are {"video": (B, 3, F, H, W), "audio": (B, 1, 1, T, M)}."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.mel = Mel(cfg)
-        # Of the mel: silence, and about as loud as a sound can be, become -1 and 1.
+        # Silence and the band of a full-scale sine become -1 and 1.
         self.low = math.log(cfg.floor)
-        self.high = math.log(cfg.window * self.mel.bank.max())
+        self.high = math.log(cfg.window / 4 * self.mel.bank.max())
         size = (cfg.vae_width, cfg.vae_blocks)
-        self.vaes = nn.ModuleDict(
-            {
-                "video": SmallVAE(3, cfg.video_patch, cfg.video_channels, *size),
-                "audio": SmallVAE(1, cfg.audio_patch, cfg.audio_channels, *size),
-            }
-        )
-        # What encode() takes from the codes, and divides them by.
-        self.register_buffer("z_v_mean", torch.zeros(cfg.video_channels, 1, 1, 1))
-        self.register_buffer("z_v_std", torch.ones(cfg.video_channels, 1, 1, 1))
-        self.register_buffer("z_a_mean", torch.zeros(cfg.audio_channels, 1, 1))
-        self.register_buffer("z_a_std", torch.ones(cfg.audio_channels, 1, 1))
+        video = SmallVAE(3, cfg.video_patch, cfg.video_channels, *size)
+        audio = SmallVAE(1, (1, *cfg.audio_patch), cfg.audio_channels, *size)
+        self.vaes = nn.ModuleDict({"video": video, "audio": audio})
 
     def inputs(self, batch):
-        """What a batch has, on the device -> streams in [-1, 1]."""
+        """What a batch on the device has -> streams, in [-1, 1]."""
         x = {}
         if "video" in batch:
             x["video"] = batch["video"].transpose(1, 2)  # (B, 3, F, H, W)
         if "audio" in batch:
-            mel = self.mel(batch["audio"])  # (B, 1, T, M)
+            mel = self.mel(batch["audio"])[:, :, None]  # (B, 1, 1, T, M)
             x["audio"] = 2 * (mel - self.low) / (self.high - self.low) - 1
         return x
 
     def start(self, batches):
-        """Set both autoencoders to the best linear codes of some clips."""
+        """Make both the best linear codes of some clips."""
         streams = [self.inputs(batch) for batch in batches]
         for name, vae in self.vaes.items():
             vae.start([x[name] for x in streams])
 
-    @torch.no_grad()
     def measure(self, batches):
-        """Give the latents of some clips mean 0 and variance 1 in each channel."""
-        codes = {"video": [], "audio": []}
-        for batch in batches:
-            for name, x in self.inputs(batch).items():
-                mean, _ = self.vaes[name].encode(x)
-                codes[name].append(mean.transpose(0, 1).flatten(1))  # (codes, numbers)
-        for name, parts in codes.items():
-            std, mean = torch.std_mean(torch.cat(parts, 1), 1)
-            z = self.names[name]
-            self.get_buffer(f"{z}_mean").view(-1).copy_(mean)
-            self.get_buffer(f"{z}_std").view(-1).copy_(std)
+        """Have the latents of some clips of mean 0 and variance 1 in each channel."""
+        streams = [self.inputs(batch) for batch in batches]
+        for name, vae in self.vaes.items():
+            vae.measure([x[name] for x in streams])
+
+    def forward(self, video, audio, keys=None):
+        """Clips on the device -> loss of stage vae, {stream: its reconstruction error, L1 + 4 MSE}.
+
+        keys (B,): of the clips, from which the noise of the codes is drawn. None: no noise.
+        """
+        total = 0
+        parts = {}
+        for name, real in self.inputs({"video": video, "audio": audio}).items():
+            vae = self.vaes[name]
+            codes = vae.encode(real)
+            kl = codes.square().mean() / 2  # to N(0, 1), but for a constant
+            if keys is not None:  # a draw from the posterior
+                shape = codes.shape[1:]
+                draws = generators(keys, real.device)
+                eps = [torch.randn(shape, generator=own, device=real.device) for own in draws]
+                codes = codes + vae.noise * torch.stack(eps)
+            error = vae.decode(codes) - real
+            reconstruction = error.abs().mean() + 4 * error.square().mean()
+            parts[name] = reconstruction.detach()
+            total = total + reconstruction + self.cfg.kl * kl
+        return total, parts
 
     @torch.no_grad()
     def encode(self, batch):
-        """-> {"z_v": (B, C, T, H, W), "z_a": (B, C, S, N)} of what the batch has."""
-        latents = {}
-        for name, x in self.inputs(batch).items():
-            z = self.names[name]
-            mean, _ = self.vaes[name].encode(x)
-            latents[z] = (mean - self.get_buffer(f"{z}_mean")) / self.get_buffer(f"{z}_std")
-        return latents
+        """-> the latents {"z_v": (B, C, T, H, W), "z_a": (B, C, S, N)} of what the batch has."""
+        x = self.inputs(batch)
+        z = {}
+        if "video" in x:
+            z["z_v"] = self.vaes["video"].latents(x["video"])
+        if "audio" in x:
+            z["z_a"] = self.vaes["audio"].latents(x["audio"])[:, :, 0]
+        return z
 
     @torch.no_grad()
-    def decode(self, latents):
-        """-> {"video": (B, F, 3, H, W), "audio": (B, L)} of the latents given."""
+    def decode(self, z):
+        """Latents -> what is there of {"video": (B, F, 3, H, W), "audio": (B, L)}."""
         out = {}
-        for name, z in self.names.items():
-            if z in latents:
-                codes = latents[z] * self.get_buffer(f"{z}_std") + self.get_buffer(f"{z}_mean")
-                out[name] = self.vaes[name].decode(codes)
-        if "video" in out:
-            out["video"] = out["video"].transpose(1, 2)
-        if "audio" in out:
-            mel = (out["audio"].clamp(-1, 1) + 1) / 2 * (self.high - self.low) + self.low
+        if "z_v" in z:
+            out["video"] = self.vaes["video"].clips(z["z_v"]).transpose(1, 2)
+        if "z_a" in z:
+            mel = self.vaes["audio"].clips(z["z_a"][:, :, None])[:, :, 0]  # (B, 1, T, M)
+            mel = self.low + (self.high - self.low) * (mel.clamp(-1, 1) + 1) / 2
             out["audio"] = self.mel.inverse(mel)
         return out
 
-    def draw(self, keys, device):
-        """Noise for the codes of each clip, from its own key."""
-        cfg = self.cfg
-        p, q, r = cfg.video_patch
-        v_shape = (cfg.video_channels, cfg.frames // p, cfg.size // q, cfg.size // r)
-        p, q = cfg.audio_patch
-        columns = cfg.frames * cfg.rate // cfg.fps // cfg.hop
-        a_shape = (cfg.audio_channels, columns // p, cfg.n_mels // q)
-        eps = {"video": [], "audio": []}
-        for own in generators(keys, device):
-            eps["video"].append(torch.randn(v_shape, generator=own, device=device))
-            eps["audio"].append(torch.randn(a_shape, generator=own, device=device))
-        return {name: torch.stack(noise) for name, noise in eps.items()}
 
-    def forward(self, x, eps=None):
-        """Streams, and noise of draw() or none -> loss, {stream: its reconstruction error}."""
-        total = 0
-        parts = {}
-        for name, real in x.items():
-            vae = self.vaes[name]
-            mean, logvar = vae.encode(real)
-            z = mean
-            if eps is not None:
-                z = mean + (0.5 * logvar).exp() * eps[name]
-            error = vae.decode(z).float() - real
-            loss = error.abs().mean() + 4 * error.square().mean()
-            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()  # to N(0, 1)
-            parts[name] = loss.detach()
-            total = total + loss + self.cfg.kl * kl
-        return total, parts
+def vae_loss(net, batch, t=None):
+    """The loss of stage vae, as fit() wants it. t: this is validation, so the codes get no noise.
+
+    An autoencoder knows no noise levels: the four quarters of its validation are equal.
+    """
+    keys = batch["key"] if t is None else None
+    return net(batch["video"], batch["audio"], keys)
 
 
 @torch.no_grad()
@@ -663,25 +651,26 @@ def examine(codec, val, device):
     Those are, of a video, means of patches, interpolated; of a sound, the clip's mean spectrum.
     -> {stream: (codec, other)} in dB. Raises data.UserError where the codec is not better.
     """
-    rows = {"video": [], "audio": []}
+    rows = {name: [] for name in codec.vaes}
     for batch in data.val_batches(val, codec.cfg.val_clips, 16):
         for name, real in codec.inputs(data.to_device(batch, device)).items():
             vae = codec.vaes[name]
-            mean, _ = vae.encode(real)
+            ours = vae.clips(vae.latents(real))
             if name == "video":
                 means = F.avg_pool3d(real, vae.patch)
                 other = F.interpolate(means, real.shape[2:], mode="trilinear")
             else:
-                other = real.mean(2, keepdim=True).expand_as(real)
-            rows[name] += [(psnr(vae.decode(mean), real), psnr(other, real))] * len(real)
-    table = {name: torch.tensor(pairs).mean(0).tolist() for name, pairs in rows.items()}
+                other = real.mean(3, keepdim=True).expand_as(real)
+            row = torch.stack([psnr(ours, real), psnr(other, real)]).cpu()
+            rows[name] += [row] * len(real)
+    table = {name: torch.stack(rows[name]).mean(0).tolist() for name in rows}
     for name, (ours, other) in table.items():
         what = "block means" if name == "video" else "mean spectrum"
-        print(f"PSNR of {name}: codec {ours:.1f} dB, {what} {other:.1f}")
-        if not ours > other:  # nor is nan
+        say(f"PSNR of {name}: codec {ours:.1f} dB, {what} {other:.1f}")
+        if codec.cfg.need_good and not ours > other:  # nor is nan
             raise data.UserError(
                 f"The codec of the {name} does not beat its baseline, nor would a generator: raise "
-                "--vae_steps."
+                "--vae_steps, or go on with --need_good false."
             )
     return table
 
@@ -1167,17 +1156,21 @@ class PretrainedCodec(nn.Module):
         return batch
 
 
-def load_pretrained(codec, cfg):
-    """Fill a PretrainedCodec from --video_vae, --audio_vae and --vocoder.
-
-    Raises data.UserError for a file that is missing, damaged, or of another network.
-    """
+def check_files(cfg):
+    """Raise data.UserError where the options lack a file of the pretrained codecs."""
     if not cfg.video_vae or not cfg.audio_vae:
         raise data.UserError(
             "--codec pretrained needs --video_vae FILE (Hugging Face: hpcai-tech/OpenSora-VAE-v1.2,"
             " model.safetensors) and --audio_vae FILE (a checkpoint of AudioLDM, or from Hugging "
             "Face's cvssp/audioldm-s-full-v2 the file in vae); or take --codec small."
         )
+
+
+def load_pretrained(codec, cfg):
+    """Fill a PretrainedCodec from --video_vae, --audio_vae and --vocoder.
+
+    Raises data.UserError for a file that is missing, damaged, or of another network.
+    """
     load_video_vae(codec, cfg.video_vae)
     load_audio_vae(codec, cfg.audio_vae, cfg.vocoder)
 
@@ -1655,7 +1648,7 @@ class Captioned(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         clip = dict(self.dataset[i])
-        caption = clip["caption"]
+        caption = clip["caption"] if self.cfg.text_drop < 1 else ""
         if self.varied:
             label = self.dataset.labels[clip["label"]]
             key = data.clip_key(self.cfg.seed, i)
@@ -1701,7 +1694,7 @@ class UniForm(nn.Module):
         return out[..., token.shape[-1] :]
 
     def film(self, z, n):
-        """Latents z_v (n, C, T, h, w), z_a (n, C_a, S, N), or one of them -> (n, C, T, h, k + w)."""
+        """Latents z_v (n, C, T, h, w), z_a (n, C_a, S, N), or one -> (n, C, T, h, k + w)."""
         film = torch.zeros(n, *self.shape, device=self.is_sound.device)
         C, T, _, _ = self.shape
         if "z_a" in z:
@@ -2234,7 +2227,7 @@ def train_vae(cfg, train, val, device):
     )
     torch.manual_seed(cfg.seed)
     codec = SmallCodec(cfg)
-    codec.edges = names_like(codec, "codes|patch|enter|render")
+    codec.edges = names_like(codec, "codes|enter|leave|patch|render")
     if cfg.init_from:
         load_start(codec, cfg.init_from)
     elif RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
@@ -2245,20 +2238,13 @@ def train_vae(cfg, train, val, device):
             dist.broadcast(p.data, 0)
     say(f"Stage vae: {count(codec):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
 
-    def loss(net, batch, t=None):
-        # A codec knows no noise levels: the four quarters of its validation are equal.
-        x = codec.inputs(batch)
-        if t is None:
-            return net(x, codec.draw(batch["key"], device))
-        return net(x)
-
     shown = data.make_batch(val, cfg.seed, range(min(cfg.samples, len(val))))
     shown = data.to_device(shown, device)
 
     def rebuilt(ema):
         return as_clips(ema.decode(ema.encode(shown)))
 
-    fit(codec, loss, cfg, train, val, rebuilt)
+    fit(codec, vae_loss, cfg, train, val, rebuilt)
 
 
 def as_clips(x):
@@ -2276,6 +2262,10 @@ def load_small(codec, cfg, train):
         raise data.UserError(f"{path} is not trained to its end: run --stage vae first.")
     data.load_weights(codec, state["ema"], path)
     codec.measure(some_clips(train, cfg, 256))
+
+
+def check_codec(codec, cfg):
+    """Refuse to go on with a run of another codec."""
     run = Path(f"{cfg.out}/ckpt.pt")
     if run.exists():
         old = data.load_checkpoint(run)["ema"]
@@ -2299,7 +2289,8 @@ class Latents(torch.utils.data.Dataset):
         cfg = model.cfg
         frozen = [p for p in model.parameters() if not p.requires_grad]
         weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
-        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data} by {weights}")
+        clip = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
+        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data}, {clip}, by {weights}")
         folder = f"{cfg.out}/latents/{name}_{mark:015x}"
         paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
         for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):
@@ -2324,6 +2315,8 @@ class Latents(torch.utils.data.Dataset):
 
 def train_dit(cfg, train, val, device):
     """Stage dit: train the transformer on latents of the codec at hand."""
+    if cfg.codec == "pretrained":
+        check_files(cfg)
     torch.manual_seed(cfg.seed + 1)
     model = UniForm(cfg)
     if cfg.init_from:
@@ -2332,6 +2325,7 @@ def train_dit(cfg, train, val, device):
         load_pretrained(model.codec, cfg)
     else:
         load_small(model.codec, cfg, train)
+    check_codec(model.codec, cfg)
     model = model.to(device)
     if cfg.codec == "small":
         examine(model.codec, val, device)
@@ -2346,7 +2340,8 @@ def train_dit(cfg, train, val, device):
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
     def samples(ema):
-        return sample(ema, len(shown), prompt=shown, seed=cfg.seed)
+        prompt = shown if cfg.text_drop < 1 else None
+        return sample(ema, len(shown), prompt=prompt, seed=cfg.seed)
 
     fit(model, loss, cfg, Captioned(train, cfg, varied=True), Captioned(val, cfg), samples)
 
@@ -2376,19 +2371,24 @@ def condition(cfg, n, video, audio):
     """
     if video is not None and audio is not None:
         raise data.UserError("Give a video or a sound, not both: the other is what is made.")
-    length = cfg.frames * cfg.rate // cfg.fps
-    try:
-        if video is not None:
-            shape = (n, cfg.frames, cfg.size, cfg.size, 3)
-            return "v2a", {"video": torch.as_tensor(video).expand(shape)}
-        if audio is not None:
-            return "a2v", {"audio": torch.as_tensor(audio).float().expand(n, length)}
-    except RuntimeError:  # of expand()
-        raise data.UserError(
-            f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} pixels, or "
-            f"{length} samples."
-        ) from None
+    if video is not None:
+        window = (cfg.frames, cfg.size, cfg.size, 3)
+        return "v2a", {"video": windows(video, n, window)}
+    if audio is not None:
+        window = (cfg.frames * cfg.rate // cfg.fps,)
+        return "a2v", {"audio": windows(torch.as_tensor(audio).float(), n, window)}
     return "t2av", {}
+
+
+def windows(clips, n, window):
+    """One window for all n clips, or n of them -> (n, *window)."""
+    clips = torch.as_tensor(clips)
+    if clips.shape not in (window, (1, *window), (n, *window)):
+        raise data.UserError(
+            f"Give one window of {' x '.join(map(str, window))} numbers, or {n} of them, "
+            f"not {' x '.join(map(str, clips.shape))}."
+        )
+    return clips.expand(n, *window)
 
 
 @torch.no_grad()
@@ -2416,7 +2416,7 @@ def sample(
     cfg = model.cfg
     device = next(model.parameters()).device
     captions = captions_for(n, prompt, label)
-    if cfg.text_drop == 1 and any(captions):
+    if cfg.text_drop == 1 and (any(captions) or negative_prompt):
         raise data.UserError("This model was trained without text: leave out prompt and label.")
     task, given = condition(cfg, n, video, audio)
     guidance = cfg.guidance if guidance is None else guidance

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 import data
 import mm_diffusion as mm
 import proav_dit as pa
+import uniform_dit as ud
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,14 @@ TINY_PA = f"""
     --text_width 16 --text_tokens 4 --cache_latents 4 --batch_size 2 --griffin_lim 2
     --need_good false
 """
+TINY_UD = f"""
+    {SHORT} --frames 4 --size 8 --video_patch 2,2,2 --video_channels 4 --rate 4000 --n_mels 16
+    --hop 50 --window 128 --n_fft 128 --audio_patch 4,4 --audio_channels 4 --vae_width 8
+    --vae_blocks 1 --vae_batch_size 2 --width 16 --depth 1 --heads 2 --text_width 16 --text_tokens 4
+    --cache_latents 4 --batch_size 2 --griffin_lim 2 --need_good false --sample_steps 2
+"""
+# As in the paper; the toy preset has velocity, no learned variance, ddim.
+UD_PAPER = "--predict noise --learn_sigma true --sampler ddpm --optimizer adamw"
 
 
 @dataclass
@@ -69,6 +78,16 @@ def save_mdsa():
     data.save_checkpoint("run/mdsa/ckpt.pt", 1, cfg, {"ema": model})
 
 
+def save_vae():
+    """The codec that stage dit of uniform_dit.py starts from."""
+    cfg = ud.parse(TINY_UD.split())
+    cfg = dataclasses.replace(cfg, out="run/vae", steps=1)
+    codec = ud.SmallCodec(cfg)
+    for p in codec.parameters():
+        torch.nn.init.zeros_(p)  # as the host reads them from cuda, on paper
+    data.save_checkpoint("run/vae/ckpt.pt", 1, cfg, {"ema": codec})
+
+
 # A model file is a line or two here.
 CASES = {
     "mm": Case(mm, f"{TINY_MM} --mu_law 255 --motion_weight 4 --dropout 0.1"),
@@ -77,6 +96,9 @@ CASES = {
         pa, f"{TINY_PA} --stage mdsa", "--mdsa_steps", "run/mdsa/ckpt.pt", samples=False
     ),
     "pa-dit": Case(pa, f"{TINY_PA} --stage dit", prepare=save_mdsa),
+    "ud-vae": Case(ud, f"{TINY_UD} --stage vae", "--vae_steps", "run/vae/ckpt.pt", samples=False),
+    "ud-dit": Case(ud, f"{TINY_UD} --stage dit", prepare=save_vae),
+    "ud-dit-paper": Case(ud, f"{TINY_UD} {UD_PAPER} --stage dit", prepare=save_vae),
 }
 
 
@@ -206,6 +228,45 @@ def test_pa_given_a_part():
         clip = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
         _, audio = pa.sample(model, 2, prompt="a red ball", video=clip)
         video, _ = pa.sample(model, 1, negative_prompt="rain", audio=torch.zeros(1600))
+        assert audio.device.type == video.device.type == "cpu"
+    assert seen.count > 500
+    assert not seen.waits_below("forward"), seen.report()
+
+
+def test_ud_encodes_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = train(CASES["ud-dit"], 1, "--cache_latents", "0", "--amp", "bf16")
+    check(seen, CASES["ud-dit"], 1)
+    assert not seen.waits_below("loss_of_clips")
+
+
+def test_ud_trains_all_tasks(tmp_path, monkeypatch):
+    """What is given noised like the rest, too."""
+    right = ud.UniForm.forward
+    tasks = []
+
+    def forward(self, x, t, task, words, mask):
+        if self.training:
+            tasks.append(task)
+        return right(self, x, t, task, words, mask)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ud.UniForm, "forward", forward)
+    more = "--cond_noise same_t --checkpoint true --amp bf16".split()
+    check(train(CASES["ud-dit-paper"], 5, *more), CASES["ud-dit-paper"], 5)
+    assert len(tasks) == 5
+    assert set(tasks) == set(ud.TASKS)
+
+
+@pytest.mark.parametrize("options", ["", UD_PAPER], ids=["ddim", "ddpm"])
+@pytest.mark.parametrize("mode", ["clean", "same_t"])
+def test_ud_given_a_part(options, mode):
+    with cuda_on_paper(ROOT) as seen:
+        cfg = ud.parse([*TINY_UD.split(), *options.split(), "--amp", "bf16", "--cond_noise", mode])
+        model = ud.UniForm(cfg).to("cuda").eval()
+        clip = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+        _, audio = ud.sample(model, 2, prompt="a red ball", video=clip)
+        video, _ = ud.sample(model, 1, negative_prompt="rain", audio=torch.zeros(1600))
         assert audio.device.type == video.device.type == "cpu"
     assert seen.count > 500
     assert not seen.waits_below("forward"), seen.report()

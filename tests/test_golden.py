@@ -4,6 +4,7 @@ The tests are written over files, not over one configuration: they take every te
 every file of the folder that the environment variable GOLDEN_DIR names.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import metrics
 import mm_diffusion as mm
 import proav_dit as pa
+import uniform_dit as ud
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -665,19 +668,31 @@ def test_reflection(path):
     assert sum(folds) == d["n_clipped_events"]
 
 
+def test_proav_paper_sizes():
+    with torch.device("meta"):
+        model = pa.ProAV(pa.parse(["--preset", "paper"]))
+    # As in Open-Sora, with 4 output channels and an embedding for each plane. Paper: 702 M.
+    assert pa.count(model.dit) == 697_495_696
+    # Two PVDM autoencoders (124.1 M) and the attention that links them.
+    assert pa.count(model.mdsa) == 141_131_768
+
+
+# ---- uniform_dit.py
+
+
 @files("stdit3_block")
 def test_stdit3_block(path):
     d = load(path)
     c = d["config"]
     i = d["inputs"]
     x = i["x"].unflatten(1, (c["T"], c["S"]))
-    rope = pa.line(c["T"], d["rope_in"].shape[-1])
-    close(pa.rotate(d["rope_in"].transpose(1, 2), rope), d["rope_out"].transpose(1, 2))
+    rope = ud.line(c["T"], d["rope_in"].shape[-1])
+    close(ud.rotate(d["rope_in"].transpose(1, 2), rope), d["rope_out"].transpose(1, 2))
     for kind in ("spatial", "temporal"):
         want = d[kind]
-        block = pa.STDiT3Block(c["hidden_size"], c["num_heads"], kind == "temporal")
+        block = ud.STDiT3Block(c["hidden_size"], c["num_heads"], kind == "temporal")
         block.load_state_dict(want["state_dict"])
-        turn = pa.line(c["T"], c["hidden_size"] // c["num_heads"]) if kind == "temporal" else None
+        turn = ud.line(c["T"], c["hidden_size"] // c["num_heads"]) if kind == "temporal" else None
         mask = i["y_mask"].bool()
         t6 = i["t_mlp"][:, None]
         framed = torch.where(i["x_mask"][..., None], t6, i["t0_mlp"][:, None])  # each frame's own t
@@ -693,10 +708,405 @@ def test_stdit3_block(path):
                 close(block(x, i["y_padded"], t, words, turn=turn).flatten(1, 2), want[name])
 
 
-def test_proav_paper_sizes():
+def stdit3_of(d, case):
+    """The STDiT3 of a golden file, for the films of one of its cases."""
+    c = d["config"]
+    cfg = ud.Config(
+        size=math.sqrt(case["height"].item() * case["width"].item()),
+        fps=int(case["fps"]),
+        width=c["hidden_size"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        text_width=c["caption_channels"],
+        text_tokens=c["model_max_length"],
+    )
+    film = case["x"].shape[1:]
+    net = ud.STDiT3(cfg, film, (2 if c["pred_sigma"] else 1) * c["in_channels"])
+    state = dict(d["state_dict"])
+    # Fixed figures, which have no name here.
+    dim = cfg.width // cfg.heads
+    close(state.pop("rope.freqs"), 10000 ** (-torch.arange(0, dim, 2) / dim), 1e-6)
+    net.load_state_dict(state)
+    assert sum(p.numel() for p in net.parameters()) == d["n_params"] - dim // 2
+    return net
+
+
+def with_clean_frames(net, case):
+    """The network where x_mask (B, T) leaves frames clean: at t = 0.
+
+    Its final layer is as released: it norms and modulates clean frames twice.
+    """
+
+    def embed(t):
+        return net.t_embedder(t) + net.fps_embedder(case["fps"])
+
+    mask = case["x_mask"][:, :, None]  # (B, T, 1)
+    t = embed(case["timestep"])
+    t0 = embed(torch.zeros_like(case["timestep"]))
+    t6 = torch.where(mask, net.t_block(t)[:, None], net.t_block(t0)[:, None])  # (B, T, 6 * D)
+    seen = {}
+
+    def framed(block, args):
+        x, y, _, text_mask, *rest = args
+        return x, y, t6, text_mask, *rest
+
+    def keep(layer, args):
+        seen["x"] = args[0]
+
+    hooks = [net.final_layer.register_forward_pre_hook(keep)]
+    for block in (*net.spatial_blocks, *net.temporal_blocks):
+        hooks.append(block.register_forward_pre_hook(framed))
+
+    def twice(layer, args, out):
+        x, _ = args
+        table = layer.scale_shift_table
+        for row, which in ((t, mask >= 0), (t0, ~mask)):
+            shift, scale = (table + row[:, None])[:, :, None, None].unbind(1)
+            x = torch.where(which[..., None], ud.modulate(x, shift, scale), x)
+        return layer.linear(x)
+
+    hooks.append(net.final_layer.register_forward_hook(twice))
+    out = net(case["x"], case["timestep"], case["y"][:, 0], case["mask"].bool())
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+@files("stdit3_", without=("block",))
+@torch.no_grad()
+def test_stdit3(path):
+    d = load(path)
+    for case in d["cases"]:
+        net = stdit3_of(d, case)
+        x = case["x"]
+        t = case["timestep"]
+        y = case["y"][:, 0]
+        mask = case["mask"].bool()
+        close(net.places, case["pos_emb"][0])
+        embedded = net.t_embedder(t) + net.fps_embedder(case["fps"])
+        close(embedded, case["t_emb_plus_fps"])
+        close(net.t_block(embedded), case["t_mlp"])
+        close(net.y_embedder(y), case["y_embed"][:, 0])
+        even = torch.nn.functional.pad(x, (0, x.shape[4] % 2, 0, x.shape[3] % 2))
+        tokens = net.x_embedder["proj"](even).flatten(2).transpose(1, 2)  # (B, T * S, D)
+        close(tokens, case["x_embed"])
+        close(net(x, t, y), case["out"])
+        close(net(x, t, y, mask), case["out_textmask"])
+        null = net.y_embedder.y_embedding.expand_as(y)
+        close(net(x, t, null), case["out_null"])
+        close(with_clean_frames(net, case), case["out_xmask"])
+
+
+def test_stdit3_paper_sizes():
+    """Names and shapes of the weights as released, and their number."""
+    cfg = ud.parse(["--preset", "paper"])
+    (C, T, h, w), (_, steps, _) = ud.latent_shapes(cfg)
     with torch.device("meta"):
-        model = pa.ProAV(pa.parse(["--preset", "paper"]))
-    # As in Open-Sora, with 4 output channels and an embedding for each plane. Paper: 702 M.
-    assert pa.count(model.dit) == 697_495_696
-    # Two PVDM autoencoders (124.1 M) and the attention that links them.
-    assert pa.count(model.mdsa) == 141_131_768
+        net = ud.STDiT3(cfg, (C, T, h, 1 + steps // T + w), 2 * C)
+    # Open-Sora's, but for its 36 fixed frequencies.
+    assert sum(p.numel() for p in net.parameters()) == 1_207_643_936
+    D = 1152
+    linear = {
+        "t_embedder.mlp.0": (D, 256),
+        "t_embedder.mlp.2": (D, D),
+        "fps_embedder.mlp.0": (D, 256),
+        "fps_embedder.mlp.2": (D, D),
+        "t_block.1": (6 * D, D),
+        "y_embedder.y_proj.fc1": (D, 4096),
+        "y_embedder.y_proj.fc2": (D, D),
+        "x_embedder.proj": (D, 4, 1, 2, 2),
+        "final_layer.linear": (32, D),
+    }
+    want = {"y_embedder.y_embedding": (300, 4096), "final_layer.scale_shift_table": (2, D)}
+    for i in range(28):
+        for block in (f"spatial_blocks.{i}", f"temporal_blocks.{i}"):
+            want[f"{block}.scale_shift_table"] = (6, D)
+            want[f"{block}.attn.q_norm.weight"] = (72,)
+            want[f"{block}.attn.k_norm.weight"] = (72,)
+            linear[f"{block}.attn.qkv"] = (3 * D, D)
+            linear[f"{block}.attn.proj"] = (D, D)
+            linear[f"{block}.cross_attn.q_linear"] = (D, D)
+            linear[f"{block}.cross_attn.kv_linear"] = (2 * D, D)
+            linear[f"{block}.cross_attn.proj"] = (D, D)
+            linear[f"{block}.mlp.fc1"] = (4 * D, D)
+            linear[f"{block}.mlp.fc2"] = (D, 4 * D)
+    for name, shape in linear.items():
+        want[f"{name}.weight"] = shape
+        want[f"{name}.bias"] = shape[:1]
+    assert {name: tuple(p.shape) for name, p in net.state_dict().items()} == want
+
+
+# ---- The pretrained codecs of uniform_dit.py
+
+# diffusers' names of 2022 for the parts of an attention.
+LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@files("sd_vae")
+def test_sd_vae(path):
+    """diffusers' names, of today and of 2022, and LDM's."""
+    d = load(path)
+    c = d["config"]
+    vae = ud.AutoencoderKL(
+        3,
+        tuple(c["block_out_channels"]),
+        c["layers_per_block"],
+        c["latent_channels"],
+        c["norm_num_groups"],
+    )
+    legacy = {}
+    for name, w in d["state_dict"].items():
+        for new, old in LEGACY.items():
+            name = name.replace(new, old)
+        legacy[name] = w
+    ldm = ud.ldm_names(d["state_dict"])
+    for state in (legacy, ldm, d["state_dict"]):
+        vae.load_state_dict(ud.ldm_names(state))
+        with torch.no_grad():
+            mean, logvar = vae.encode(d["x"])
+            close(mean, d["mean"])
+            close(logvar, d["logvar"])
+            close(vae.decode(d["mean"]), d["decode_of_mean"])
+            close(vae.decode(d["z_sample"]), d["decode_of_sample"])
+    assert ud.count(vae) == d["n_params"]
+
+
+@files("audioldm_vae")
+def test_audioldm_vae(path):
+    d = load(path)
+    c = d["config"]
+    widths = tuple(c["ch"] * m for m in c["ch_mult"])
+    vae = ud.AutoencoderKL(c["in_channels"], widths, c["num_res_blocks"], c["z_channels"])
+    vae.load_state_dict(d["state_dict"])
+    with torch.no_grad():
+        mean, logvar = vae.encode(d["x"])
+        close(mean, d["mean"])
+        close(logvar, d["logvar"])
+        close(vae.decode(d["mean"]), d["decode_of_mean"])
+    assert ud.count(vae) == d["n_params"]
+
+
+@files("vae_temporal")
+def test_vae_temporal(path):
+    d = load(path)
+    c = d["config"]
+    widths = [c["filters"] * m for m in c["channel_multipliers"]]
+    strides = [2 if halve else 1 for halve in c["temporal_downsample"]] + [1]
+    vae = ud.TemporalVAE(
+        c["in_out_channels"],
+        tuple(zip(widths, strides, strict=True)),
+        c["num_res_blocks"],
+        c["embed_dim"],
+        c["num_groups"],
+    )
+    vae.load_state_dict(d["state_dict"])
+    with torch.no_grad():
+        for case in d["cases"]:
+            mean, logvar = vae.encode(case["x"])
+            close(mean, case["mean"])
+            close(logvar, case["logvar"])
+            close(vae.decode(case["mean"], case["x"].shape[2]), case["recon_from_mean"])
+
+
+@files("hifigan")
+def test_hifigan(path):
+    """As trained, with weight norm; folded; and under transformers' names."""
+    d = load(path)
+    c = d["config"]
+    vocoder = ud.HiFiGAN(
+        c["num_mels"],
+        c["upsample_initial_channel"],
+        tuple(zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True)),
+        tuple(c["resblock_kernel_sizes"]),
+        tuple(c["resblock_dilation_sizes"][0]),  # all alike
+    )
+    other = {k.replace("ups.", "upsampler."): w for k, w in d["state_dict"].items()}
+    other.update(mean=torch.zeros(c["num_mels"]), scale=torch.ones(c["num_mels"]))
+    for state in (d["state_dict_weight_norm"], other, d["state_dict"]):
+        vocoder.load_state_dict(ud.hifigan_names(state))
+        with torch.no_grad():
+            close(vocoder(d["mel"]), d["wav"])
+    assert ud.count(vocoder) == d["n_params_folded"]
+
+
+def shapes(module):
+    return {name: list(w.shape) for name, w in module.state_dict().items()}
+
+
+def released(name):
+    """Names and shapes of a released network."""
+    return json.loads((Path(__file__).parent / "golden" / f"{name}_keys.json").read_text())
+
+
+def test_pretrained_sizes():
+    with torch.device("meta"):
+        codec = ud.PretrainedCodec(ud.Config())
+        sd = released("sd_vae")
+        audio = released("audioldm_vae")
+        hifigan = released("hifigan_16k_64")
+        new = {name: torch.empty(shape) for name, shape in sd["keys"].items()}
+    old = dict(new)
+    for legacy, today in sd["legacy_aliases"].items():
+        old[legacy] = old.pop(today)
+    for state in (new, old):
+        renamed = ud.ldm_names(state)
+        assert shapes(codec.spatial_vae) == {name: list(w.shape) for name, w in renamed.items()}
+    assert shapes(codec.mel_vae) == audio["keys"]
+    assert shapes(codec.vocoder) == hifigan["keys"]
+    assert ud.count(codec.spatial_vae) == sd["n_params"] == 83_653_863
+    assert ud.count(codec.temporal_vae) == 309_687_144
+    assert ud.count(codec.temporal_vae.encoder) == 144_421_128
+    assert ud.count(codec.mel_vae) == audio["n_params"] == 55_376_873
+    assert ud.count(codec.vocoder) == hifigan["n_params"] == 55_264_897
+
+    # 4 s: four pieces of 17 frames make 20 latents, 400 mel frames make 100.
+    codec.mel = torch.nn.Identity()
+    with torch.device("meta"), torch.no_grad():
+        z = codec.encode(
+            {"video": torch.empty(1, 68, 3, 256, 256), "audio": torch.empty(1, 1, 400, 64)}
+        )
+        clip = codec.decode(z)
+    assert z["z_v"].shape == (1, 4, 20, 32, 32) and z["z_a"].shape == (1, 8, 100, 16)
+    assert clip["video"].shape == (1, 68, 3, 256, 256) and clip["audio"].shape == (1, 64_000)
+
+
+def write_safetensors(path, state):
+    """By the format's description: header length, header, tensors."""
+    kinds = {dtype: name for name, dtype in ud.SAFE_TYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    payload = b""
+    for name, w in state.items():
+        raw = w.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        offsets = [len(payload), len(payload) + len(raw)]
+        payload += raw
+        header[name] = dict(dtype=kinds[w.dtype], shape=list(w.shape), data_offsets=offsets)
+    text = json.dumps(header).encode() + b" "
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+
+
+def test_safetensors(tmp_path):
+    state = {}
+    for kind, dtype in ud.SAFE_TYPES.items():
+        state[f"{kind}.some"] = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+        state[f"{kind}.one"] = torch.tensor(1).to(dtype)  # of no dimensions
+        state[f"{kind}.none"] = torch.zeros(0, 3, dtype=dtype)
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, state)
+    read = ud.read_weights(str(path))
+    assert list(read) == list(state)
+    for name, w in state.items():
+        assert read[name].dtype == w.dtype and torch.equal(read[name], w), name
+
+    whole = path.read_bytes()
+    damaged = (
+        b"",
+        whole[:100],
+        whole[:-1],
+        (2**60).to_bytes(8, "little") + whole[8:],
+        whole.replace(b'"F64"', b'"F65"'),
+        whole.replace(b"[0, 48]", b"[-8,40]"),
+        whole.replace(b"[2, 3]", b"[2, 4]"),
+    )
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(data.UserError, match="not a readable"):
+            ud.read_weights(str(path))
+    path.unlink()
+    for missing in (path, tmp_path / "x.pt"):
+        with pytest.raises(data.UserError, match="x.safetensors|There is no"):
+            ud.read_weights(str(missing))
+
+
+def tiny_codec(cfg):
+    with torch.device("meta"):
+        codec = ud.PretrainedCodec(cfg)
+    codec.spatial_vae = ud.AutoencoderKL(3, (8, 16), 1, 4, groups=4)
+    codec.temporal_vae = ud.TemporalVAE(4, ((8, 1), (16, 2), (16, 2), (8, 1)), 1, 4, groups=4)
+    codec.stats = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1, 1)
+    codec.mel = ud.Mel(cfg)
+    codec.mel_vae = ud.AutoencoderKL(1, (8, 16), 1, 8, groups=4)
+    codec.scale_factor = torch.ones(())
+    codec.vocoder = ud.HiFiGAN(cfg.n_mels, 8, ((5, 10), (4, 8)), (3,), (1, 3))
+    return codec.eval()
+
+
+def prefixed(state, prefix):
+    return {prefix + name: w for name, w in state.items()}
+
+
+def test_pretrained_files(tmp_path, capsys):
+    """Released files are read; what lacks something, or is another network, is refused."""
+    torch.manual_seed(0)
+    cfg = ud.Config(frames=20, size=16, n_mels=16, hop=20, window=64, n_fft=64)
+    video = tmp_path / "video" / "model.safetensors"
+    audio = tmp_path / "audio.ckpt"
+    for k, path in (("video_vae", video), ("audio_vae", audio)):
+        path.parent.mkdir(exist_ok=True)
+        cfg = dataclasses.replace(cfg, **{k: str(path)})
+    theirs = tiny_codec(cfg)
+    vae = theirs.mel_vae.state_dict()
+    vocoder = theirs.vocoder.state_dict()
+    state = {
+        **prefixed(theirs.spatial_vae.state_dict(), "spatial_vae.module."),
+        **prefixed(theirs.temporal_vae.state_dict(), "temporal_vae."),
+        "shift": torch.zeros(1, 4, 1, 1, 1),
+        "scale": torch.ones(1, 4, 1, 1, 1),
+    }
+    write_safetensors(video, state)
+    whole = {
+        **prefixed(vae, "first_stage_model."),
+        **prefixed(vocoder, "first_stage_model.vocoder."),
+        "model.diffusion_model.out.weight": torch.zeros(1),
+        "scale_factor": torch.tensor(0.5),
+    }
+    torch.save({"state_dict": whole, "epoch": 3}, audio)
+
+    codec = tiny_codec(cfg)
+    ud.load_pretrained(codec, cfg)
+    said = capsys.readouterr().out
+    assert "Apache" in said and "not for commercial use" in said and said.count("\n") == 3
+    theirs.scale_factor.fill_(0.5)
+    for name, w in theirs.state_dict().items():
+        assert torch.equal(w, codec.state_dict()[name]), name
+
+    # 20 frames are coded as 17 and 3, which makes 5 latents and 1.
+    clip = {"video": torch.rand(2, 20, 3, 16, 16) * 2 - 1, "audio": torch.rand(2, 1, 640) * 2 - 1}
+    with torch.no_grad():
+        z = codec.encode(clip)
+        back = codec.decode(z)
+        start = codec.encode({"video": clip["video"][:, :17]})
+        mean = codec.mel_vae.encode(codec.mel(clip["audio"]))[0]
+    assert z["z_v"].shape == (2, 4, 6, 8, 8) and z["z_a"].shape == (2, 8, 16, 8)
+    assert back["video"].shape == clip["video"].shape and back["audio"].shape == (2, 640)
+    assert list(start) == ["z_v"]
+    close(start["z_v"], z["z_v"][:, :, :5], 1e-5)
+    close(z["z_a"], mean * 0.5, 1e-6)
+
+    # diffusers' folders: the VAE with its config.json, the vocoder in a file of its own.
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    torch.save(vae, folder / "x.bin")
+    apart = dataclasses.replace(cfg, audio_vae=str(folder / "x.bin"))
+    with pytest.raises(data.UserError, match="how its latents are scaled"):
+        ud.load_pretrained(codec, apart)
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.25}')
+    with pytest.raises(data.UserError, match="--vocoder"):
+        ud.load_pretrained(codec, apart)
+    torch.save({**vocoder, "mean": torch.zeros(16)}, tmp_path / "vocoder.bin")
+    apart = dataclasses.replace(apart, vocoder=str(tmp_path / "vocoder.bin"))
+    ud.load_pretrained(codec, apart)
+    assert codec.scale_factor == 0.25
+
+    # Version 1.3 is known by its config, or by its names.
+    config = video.parent / "config.json"
+    config.write_text('{"architectures": ["OpenSoraVAE_V1_3_Pipline"]}')
+    with pytest.raises(data.UserError, match="version 1.3"):
+        ud.load_pretrained(codec, cfg)
+    config.write_text('{"architectures": ["VideoAutoencoderPipeline"]}')
+    ud.load_pretrained(codec, cfg)
+    config.unlink()
+    write_safetensors(video, theirs.temporal_vae.state_dict())
+    with pytest.raises(data.UserError, match="version 1.3"):
+        ud.load_pretrained(codec, cfg)
+    with pytest.raises(data.UserError, match="--codec small"):
+        ud.check_files(dataclasses.replace(cfg, video_vae=""))
