@@ -619,6 +619,46 @@ def to_uint8(video):
     return levels.permute(0, 1, 3, 4, 2).contiguous()
 
 
+def vary(caption, label, key, drop, whole=False):
+    """What a clip is called this time, so that short prompts are nothing new.
+
+    Nothing, for guidance (a share `drop`); else one of three: "a video of <label>"; its caption;
+    its caption short of some words. whole: always its caption, for a text encoder that knows the
+    language.
+    """
+    rng = np.random.default_rng(key)
+    kind = rng.random()
+    share = rng.uniform(0.3, 1)  # of the words to keep
+    if kind < drop:
+        return ""
+    if whole:
+        return caption
+    kind = (kind - drop) / (1 - drop)
+    if kind < 1 / 3:
+        return "a video" if label == "unlabeled" else f"a video of {label}"
+    words = re.sub("^a video( of)?", "", caption).split()
+    if kind >= 2 / 3:
+        words = [word for word in words if rng.random() < share]
+    if not words:
+        return "a video"
+    opening = ["a video of"] if rng.random() < 0.5 else []
+    return " ".join(opening + words)
+
+
+def captions_for(n, prompt, label):
+    """What the n clips are to show: prompt or label, one value or a list of n; "": anything."""
+    if prompt and label:
+        raise UserError("Give a prompt or a label, not both.")
+    said = prompt or label or ""
+    if isinstance(said, str):
+        said = [said] * n
+    if len(said) != n:
+        raise UserError(f"{n} clips need one prompt or label or {n} of them, not {len(said)}.")
+    if label:
+        return [f"a video of {name}" for name in said]
+    return list(said)
+
+
 # ---- Clips in and out of media files
 
 
@@ -841,7 +881,7 @@ MAY_CHANGE = set(
     preset out stage steps device amp compile checkpoint workers grad_accum init_from
     log_every eval_every val_clips samples sampler sample_steps guidance method seconds
     sr_ckpt sr_sample_steps sr_steps sr_grad_accum griffin_lim need_good mdsa_steps
-    vae_steps video_vae audio_vae vocoder
+    vae_steps video_vae audio_vae vocoder t5
 """.split()
 )
 
@@ -892,6 +932,63 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}.")
     return state
+
+
+# The names of types in .safetensors files.
+SAFE_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}. Raises UserError for a damaged one.
+
+    The file has the length of the header in 8 bytes; the header, JSON, with type, shape, first and
+    last byte of every tensor; the tensors.
+    """
+    state = {}
+    try:
+        # Mapped: what is copied out of it is all the memory that reading takes.
+        raw = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
+        start = 8 + int(raw[:8].view(torch.int64))
+        header = json.loads(raw[8:start].numpy().tobytes())
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            # A slice would take other bytes, or fewer, without a word.
+            if not 0 <= first <= last <= len(raw) - start:
+                raise ValueError("bytes outside the file")
+            w = raw[start + first : start + last].clone()
+            state[name] = w.view(SAFE_TYPES[entry["dtype"]]).view(entry["shape"])
+    except Exception as error:  # half a dozen kinds, depending on the damage
+        raise UserError(f"{path} is not a readable .safetensors file ({error}).") from error
+    return state
+
+
+def read_weights(path):
+    """A file of weights, .safetensors or torch's -> {name: tensor}.
+
+    Raises UserError for a missing or damaged one.
+    """
+    if path.endswith(".safetensors"):
+        return read_safetensors(path)
+    state = load_checkpoint(path)
+    return state.get("state_dict", state)  # Lightning's checkpoints hold other things beside it
+
+
+def config_beside(path):
+    """What config.json says in the folder of a file of weights; empty where there is none."""
+    config = Path(path).with_name("config.json")
+    return json.loads(config.read_text()) if config.exists() else {}
 
 
 def load_weights(model, state, path):
@@ -1023,6 +1120,44 @@ def write_samples(folder, step, video, audio, cfg):
         ending = "wav" if v is None else "mp4"
         save_clip(f"{name}.{ending}", v, a, cfg.fps, cfg.rate)
         film_strip(f"{name}.png", v, a, cfg.fps, cfg.rate)
+
+
+class Latents(torch.utils.data.Dataset):
+    """The first n clips of a data set as latents z_v, z_a; later ones are the same again.
+
+    They are encoded once, by model.encode(), into files of 32 clips in the folder of its run; every
+    process makes its share of them.
+    """
+
+    def __init__(self, model, dataset, n, name, device, rank=0, world=1):
+        self.labels = dataset.labels
+        self.n = n
+        # Other clips or other weights of the autoencoder, which are the frozen ones, other files.
+        cfg = model.cfg
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
+        clip = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
+        mark = clip_key(cfg.seed, f"{n} of {cfg.data}, {clip}, by {weights}")
+        folder = f"{cfg.out}/latents/{name}_{mark:015x}"
+        paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
+        for i in tqdm(range(rank, len(paths), world), f"latents {name}", disable=rank > 0):
+            if not Path(paths[i]).exists():
+                batch = make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
+                z = model.encode(to_device(batch, device))
+                clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
+                clips |= {name: latents.cpu() for name, latents in z.items()}
+                with whole_file(paths[i]) as new:
+                    torch.save(clips, new)
+        if world > 1:
+            torch.distributed.barrier()  # all files are there
+        self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        file = self.files[i % self.n // 32]
+        return {name: values[i % self.n % 32] for name, values in file.items()}
 
 
 # ---- Any collection of clips: a data set, a folder of .npz files, a folder of videos

@@ -1334,7 +1334,9 @@ def read(words, cfg):
     if not cfg.t5:
         return words, words.any(-1)  # (B, M, LETTERS)
     mask = words > 0
-    return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state.float(), mask
+    # T5 overflows in fp16.
+    with torch.autocast(words.device.type, enabled=False):
+        return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state, mask
 
 
 # same as uniform_dit.py
@@ -1368,45 +1370,24 @@ def t5(folder, part, device="cpu"):
         import transformers
 
         if part == "tokenizer":
+            # Without its files, transformers would make up one that knows no word.
+            if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "spiece.model")):
+                raise OSError
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encoder = transformers.T5EncoderModel.from_pretrained(folder, local_files_only=True)
         return encoder.to(device).eval()
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise data.UserError(
-            f"--t5 {folder} needs `pip install transformers` and a folder with "
-            f"a T5 encoder ({type(error).__name__})."
+            f"--t5 {folder} needs `pip install transformers sentencepiece protobuf`, and a folder "
+            f"with a T5 encoder and its tokenizer ({type(error).__name__})."
         ) from None
-
-
-# same as uniform_dit.py
-def vary(caption, label, key, drop):
-    """What the clip is called this time, so that short prompts are nothing new.
-
-    Nothing, for guidance (a share `drop`); else one of three: "a video of <label>"; its caption;
-    its caption short of some words.
-    """
-    rng = np.random.default_rng(key)
-    kind = rng.random()
-    share = rng.uniform(0.3, 1)  # of the words to keep
-    if kind < drop:
-        return ""
-    kind = (kind - drop) / (1 - drop)
-    if kind < 1 / 3:
-        return "a video" if label == "unlabeled" else f"a video of {label}"
-    words = re.sub("^a video( of)?", "", caption).split()
-    if kind >= 2 / 3:
-        words = [word for word in words if rng.random() < share]
-    if not words:
-        return "a video"
-    opening = ["a video of"] if rng.random() < 0.5 else []
-    return " ".join(opening + words)
 
 
 # same as uniform_dit.py
 class Captioned(torch.utils.data.Dataset):
     """A data set whose clips also have `words`, their captions as spell() writes them.
 
-    varied: as vary() calls the clip, which follows from its number.
+    varied: as data.vary() calls the clip, which follows from its number.
     """
 
     def __init__(self, dataset, cfg, varied=False):
@@ -1423,7 +1404,7 @@ class Captioned(torch.utils.data.Dataset):
         if self.varied:
             label = self.dataset.labels[clip["label"]]
             key = data.clip_key(self.cfg.seed, i)
-            caption = vary(caption, label, key, self.cfg.text_drop)
+            caption = data.vary(caption, label, key, self.cfg.text_drop, bool(self.cfg.t5))
         clip["words"] = spell(caption, self.cfg)
         return clip
 
@@ -1939,44 +1920,6 @@ def examine(mdsa, val, device):
     return table
 
 
-# same as uniform_dit.py
-class Latents(torch.utils.data.Dataset):
-    """The first n clips of a data set as latents z_v, z_a; later ones are the same again.
-
-    They are encoded once, into files of 32 clips, of which every process makes its share.
-    """
-
-    def __init__(self, model, dataset, n, name, device):
-        self.labels = dataset.labels
-        self.n = n
-        # Other clips or other weights of the autoencoder, which are the frozen ones, other files.
-        cfg = model.cfg
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
-        clip = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
-        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data}, {clip}, by {weights}")
-        folder = f"{cfg.out}/latents/{name}_{mark:015x}"
-        paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
-        for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):
-            if not Path(paths[i]).exists():
-                batch = data.make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
-                z = model.encode(data.to_device(batch, device))
-                clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
-                clips |= {name: latents.cpu() for name, latents in z.items()}
-                with data.whole_file(paths[i]) as new:
-                    torch.save(clips, new)
-        if WORLD > 1:
-            dist.barrier()  # all files are there
-        self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        file = self.files[i % self.n // 32]
-        return {name: values[i % self.n % 32] for name, values in file.items()}
-
-
 def mdsa_of(state):
     """The averaged weights of the MDSA in a checkpoint of either stage."""
     weights = {}
@@ -2016,8 +1959,8 @@ def train_dit(cfg, train, val, device):
     loss = flow.loss_of_clips
     if cfg.cache_latents:
         loss = flow.loss
-        train = Latents(model, train, cfg.cache_latents, "train", device)
-        val = Latents(model, val, min(cfg.val_clips, len(val)), "val", device)
+        train = data.Latents(model, train, cfg.cache_latents, "train", device, RANK, WORLD)
+        val = data.Latents(model, val, min(cfg.val_clips, len(val)), "val", device, RANK, WORLD)
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
     def samples(ema):
@@ -2027,21 +1970,6 @@ def train_dit(cfg, train, val, device):
 
 
 # ---- Sampling and the command line
-
-
-# same as uniform_dit.py
-def captions_for(n, prompt, label):
-    """What the n clips are to show: prompt or label, one value or a list of n; "": anything."""
-    if prompt and label:
-        raise data.UserError("Give a prompt or a label, not both.")
-    said = prompt or label or ""
-    if isinstance(said, str):
-        said = [said] * n
-    if len(said) != n:
-        raise data.UserError(f"{n} clips need one prompt or label or {n} of them, not {len(said)}.")
-    if label:
-        return [f"a video of {name}" for name in said]
-    return list(said)
 
 
 def condition(cfg, n, video, audio):
@@ -2090,7 +2018,7 @@ def sample(
     """
     cfg = model.cfg
     device = next(model.parameters()).device
-    captions = captions_for(n, prompt, label)
+    captions = data.captions_for(n, prompt, label)
     given = condition(cfg, n, video, audio)
     guidance = cfg.guidance if guidance is None else guidance
     if not isinstance(negative_prompt or "", str):

@@ -67,6 +67,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import metrics
 
 RANK = int(os.environ.get("RANK", 0))  # which process this is, as torchrun says,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
@@ -111,6 +112,7 @@ class Config:
     vae_batch_size: int = 16  # clips per step
     vae_lr: float = 2e-3  # learning rate
     vae_betas: tuple = (0.9, 0.99)  # of AdamW
+    vae_optimizer: str = "adamw"  # adamw or muon, as --optimizer
     # the transformer, STDiT3-XL/2, and its text (section 3.2.2)
     width: int = 1152  # features of a token, D
     depth: int = 28  # pairs of a spatial and a temporal block
@@ -123,6 +125,7 @@ class Config:
     # the process (section 3.1.1)
     diffusion_steps: int = 1000  # T
     predict: str = "noise"  # what the network's output stands for: noise, or velocity (ours)
+    noise_levels: tuple = (1.2, 1.5)  # velocity: mean, deviation of log(sigma / alpha) in training
     learn_sigma: bool = True  # learn the variance, too (section 3.2.3), by the variational bound
     cond_noise: str = "clean"  # what is given: clean, or same_t, noised like the rest (eq. 1, 2)
     audio_weight: float = 1.0  # weight of the sound's loss beside the video's
@@ -162,6 +165,7 @@ CHOICES = {
     "cond_noise": ("clean", "same_t"),
     "sampler": ("ddpm", "ddim"),
     "optimizer": ("adamw", "muon"),
+    "vae_optimizer": ("adamw", "muon"),
     "amp": ("auto", "bf16", "fp16", "off"),
 }
 
@@ -178,30 +182,34 @@ PRESETS = {
         n_fft=512,
         floor=3e-3,
         codec="small",
-        audio_patch=(8, 8),
+        video_patch=(2, 4, 4),
+        video_channels=4,
+        audio_patch=(5, 8),
+        audio_channels=4,
         vae_steps=1200,
         vae_batch_size=4,
         vae_lr=5e-3,
+        vae_optimizer="muon",
         width=128,
         depth=3,
         heads=4,
         rope=True,
         text_width=64,
         text_tokens=20,
+        text_drop=0.2,
         predict="velocity",
         learn_sigma=False,
         sampler="ddim",
-        sample_steps=30,
+        sample_steps=20,
         guidance=2.0,
-        cache_latents=2048,
-        steps=1500,
-        batch_size=8,
-        lr=1e-2,
+        cache_latents=4096,
+        steps=4000,
+        batch_size=4,
+        lr=4e-3,
         lr_end=0.05,
         warmup=20,
-        optimizer="muon",
-        ema=0.99,
-        eval_every=500,
+        ema=0.995,
+        eval_every=1000,
         val_clips=32,
     ),
     # One GPU, and a data set of one's own.
@@ -224,8 +232,8 @@ PRESETS = {
         ema=0.999,
         eval_every=1000,
     ),
-    # One 80 GB GPU holds 8 clips: 24 GB of weights, and 1.5 GB for each clip, as its blocks are
-    # computed again in backward (by shapes, not run). More GPUs need fewer parts.
+    # One 80 GB GPU holds 8 clips, as blocks are computed again in backward: 24 GB of weights, 4 of
+    # codecs, 19 of a T5 XXL, and 1.5 for each clip (by shapes, not run). More GPUs: fewer parts.
     "paper": dict(checkpoint=True, grad_accum=4),
 }
 
@@ -297,18 +305,22 @@ def check(cfg):
         raise data.UserError("--video_patch needs three numbers, --audio_patch two.")
 
     # Codec: whole patches.
-    columns = cfg.frames * cfg.rate // cfg.fps
-    if columns % cfg.hop:
-        raise data.UserError(f"--hop must divide the {columns} samples of a clip.")
+    samples = cfg.frames * cfg.rate // cfg.fps
+    if samples % cfg.hop:
+        raise data.UserError(f"--hop must divide the {samples} samples of a clip.")
     t, h, w = cfg.video_patch if cfg.codec == "small" else (1, 8, 8)
     s, n = cfg.audio_patch if cfg.codec == "small" else (4, 4)
-    if cfg.codec == "pretrained" and (cfg.rate, cfg.hop, cfg.n_mels) != (16000, 160, 64):
-        raise data.UserError("AudioLDM's codec has --rate 16000, --hop 160 and --n_mels 64.")
-    if cfg.frames % t or cfg.size % (2 * h) or cfg.size % w:
-        raise data.UserError("--frames and --size must be multiples of --video_patch, rows twice.")
-    if columns // cfg.hop % s or cfg.n_mels % n:
+    mel = (cfg.rate, cfg.n_mels, cfg.hop, cfg.window, cfg.n_fft, cfg.floor)
+    if cfg.codec == "pretrained" and mel != (16000, 64, 160, 1024, 1024, 1e-5):
         raise data.UserError(
-            f"--audio_patch must divide {columns // cfg.hop} columns and {cfg.n_mels} bands."
+            "AudioLDM's codec has --rate 16000, --n_mels 64, --hop 160, --window 1024, "
+            "--n_fft 1024 and --floor 1e-5."
+        )
+    if cfg.frames % t or cfg.size % h or cfg.size % w:
+        raise data.UserError("--frames and --size must be multiples of --video_patch.")
+    if samples // cfg.hop % s or cfg.n_mels % n:
+        raise data.UserError(
+            f"--audio_patch must divide {samples // cfg.hop} mel columns and {cfg.n_mels} bands."
         )
     # The layout: the sound of a frame fills whole columns.
     (C, T, rows, _), (C_a, S, N) = latent_shapes(cfg)
@@ -328,25 +340,6 @@ def check(cfg):
 
 
 # ---- The sound as a picture: AudioLDM's mel spectrogram, and the way back without a vocoder
-
-
-def slaney_bank(cfg):
-    """The mel bands of a magnitude spectrum (M, bins): Slaney's triangles, of area 1 Hz."""
-    # The scale is linear up to 1,000 Hz, which is mel 15, and logarithmic above.
-    step = math.log(6.4) / 27
-    top = 15 + math.log(cfg.rate / 2 / 1000) / step
-    mel = torch.linspace(0, top, cfg.n_mels + 2, dtype=torch.float64)
-    low_part = mel * 200 / 3
-    high_part = 1000 * torch.exp((mel - 15) * step)
-    edges = torch.where(mel < 15, low_part, high_part)  # Hz
-    low = edges[:-2, None]
-    middle = edges[1:-1, None]
-    high = edges[2:, None]
-    f = torch.linspace(0, cfg.rate / 2, cfg.n_fft // 2 + 1, dtype=torch.float64)
-    rising = (f - low) / (middle - low)
-    falling = (high - f) / (high - middle)
-    bank = torch.minimum(rising, falling).clamp(min=0)
-    return (bank * 2 / (high - low)).float()
 
 
 def unmel(m, bank):
@@ -385,7 +378,8 @@ class Mel(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.register_buffer("bank", slaney_bank(cfg), persistent=False)
+        bank = metrics.mel_filters(cfg.rate, cfg.n_fft, cfg.n_mels).float()  # (M, bins)
+        self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
 
     def stft(self, x):
@@ -443,12 +437,22 @@ def pca(parts):
     return mean, variances.flip(0), axes.flip(1)
 
 
+def names_like(model, pattern):
+    """The names of a model's parameters in which the pattern occurs."""
+    return tuple(name for name, _ in model.named_parameters() if re.search(pattern, name))
+
+
 def generators(keys, device):
     """A random generator for each clip, seeded by its own key (B,).
 
     So noise is the same however the clips are dealt to processes; and nothing waits for a GPU.
     """
     return [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
+
+
+def normal(draws, shape):
+    """Normal noise (B, *shape), each clip's from its own generator."""
+    return torch.stack([torch.randn(shape, generator=own, device=own.device) for own in draws])
 
 
 # same as mm_diffusion.py
@@ -472,7 +476,7 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         # Neither norm nor convolution looks ahead in time: a place is normed on its own, and the
         # frames of the convolution are this one and the two before.
-        h = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+        h = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6)
         h = self.space(h)
         h = h + self.time(F.pad(h, (0, 0, 0, 0, 2, 0)))
         return x + self.narrow(F.silu(self.widen(h)))
@@ -501,9 +505,9 @@ class SmallVAE(nn.Module):
         self.reenter = nn.Conv3d(codes, width, 1)
         self.decoder = nn.Sequential(*[ConvBlock(width) for _ in range(blocks + 1)])
         self.render = zeroed(nn.ConvTranspose3d(width, channels, patch, patch))
-        # Latents are codes less their mean, over their deviation.
+        # Latents are codes less their mean, over a scale.
         self.register_buffer("mean", torch.zeros(codes, 1, 1, 1))
-        self.register_buffer("deviation", torch.ones(codes, 1, 1, 1))
+        self.register_buffer("scale", torch.ones(codes, 1, 1, 1))
 
     @torch.no_grad()
     def start(self, clips):
@@ -527,11 +531,18 @@ class SmallVAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, clips):
-        """Set mean and deviation to those of each channel of the codes of some clips."""
+        """Set mean and scale, so that the latents of some clips have mean 0 and mean square 1.
+
+        The more a channel is worth in pixels, the larger it gets: so noise hides what matters least
+        first, as it does in pixels. (With channels of one size, balls broke into blocks.)
+        """
         codes = torch.cat([self.encode(x) for x in clips])
         deviation, mean = torch.std_mean(codes, (0, 2, 3, 4))
+        worth = deviation * self.from_codes.weight.flatten(1).norm(dim=1)  # in pixels
+        size = worth**0.6
+        size = size / size.square().mean().sqrt()
         self.mean.copy_(mean.view_as(self.mean))
-        self.deviation.copy_(deviation.view_as(self.mean))
+        self.scale.copy_((deviation / size).view_as(self.scale))
 
     def encode(self, x):
         """Clips -> means of the codes."""
@@ -545,11 +556,11 @@ class SmallVAE(nn.Module):
 
     def latents(self, x):
         """Clips -> codes, normalized."""
-        return (self.encode(x) - self.mean) / self.deviation
+        return (self.encode(x) - self.mean) / self.scale
 
     def clips(self, z):
         """The inverse: latents (B, codes, T, H, W) -> clips."""
-        return self.decode(z * self.deviation + self.mean)
+        return self.decode(z * self.scale + self.mean)
 
 
 class SmallCodec(nn.Module):
@@ -566,6 +577,7 @@ class SmallCodec(nn.Module):
         video = SmallVAE(3, cfg.video_patch, cfg.video_channels, *size)
         audio = SmallVAE(1, (1, *cfg.audio_patch), cfg.audio_channels, *size)
         self.vaes = nn.ModuleDict({"video": video, "audio": audio})
+        self.edges = names_like(self, "codes|enter|leave|patch|render")  # not for Muon
 
     def inputs(self, batch):
         """What a batch on the device has -> streams, in [-1, 1]."""
@@ -584,27 +596,25 @@ class SmallCodec(nn.Module):
             vae.start([x[name] for x in streams])
 
     def measure(self, batches):
-        """Have the latents of some clips of mean 0 and variance 1 in each channel."""
+        """Have the latents of some clips of mean 0 and variance 1."""
         streams = [self.inputs(batch) for batch in batches]
         for name, vae in self.vaes.items():
             vae.measure([x[name] for x in streams])
 
-    def forward(self, video, audio, keys=None):
+    def forward(self, batch, keys=None):
         """Clips on the device -> loss of stage vae, {stream: its reconstruction error, L1 + 4 MSE}.
 
         keys (B,): of the clips, from which the noise of the codes is drawn. None: no noise.
         """
         total = 0
         parts = {}
-        for name, real in self.inputs({"video": video, "audio": audio}).items():
+        for name, real in self.inputs(batch).items():
             vae = self.vaes[name]
-            codes = vae.encode(real)
+            codes = vae.encode(real).float()
             kl = codes.square().mean() / 2  # to N(0, 1), but for a constant
             if keys is not None:  # a draw from the posterior
-                shape = codes.shape[1:]
                 draws = generators(keys, real.device)
-                eps = [torch.randn(shape, generator=own, device=real.device) for own in draws]
-                codes = codes + vae.noise * torch.stack(eps)
+                codes = codes + vae.noise * normal(draws, codes.shape[1:])
             error = vae.decode(codes) - real
             reconstruction = error.abs().mean() + 4 * error.square().mean()
             parts[name] = reconstruction.detach()
@@ -641,7 +651,8 @@ def vae_loss(net, batch, t=None):
     An autoencoder knows no noise levels: the four quarters of its validation are equal.
     """
     keys = batch["key"] if t is None else None
-    return net(batch["video"], batch["audio"], keys)
+    clips = {name: batch[name] for name in ("video", "audio")}  # tensors, for DDP
+    return net(clips, keys)
 
 
 @torch.no_grad()
@@ -675,9 +686,9 @@ def examine(codec, val, device):
     return table
 
 
-def names_like(model, pattern):
-    """The names of a model's parameters in which the pattern occurs."""
-    return tuple(name for name, _ in model.named_parameters() if re.search(pattern, name))
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
 
 
 # ---- Codecs of the paper: Open-Sora's video VAE, AudioLDM's mel VAE and vocoder. Every part has
@@ -978,62 +989,6 @@ class HiFiGAN(nn.Module):
 
 # ---- Reading released weights
 
-# The names of types in .safetensors files.
-SAFE_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}. Raises data.UserError for a damaged one.
-
-    The file has the length of the header in 8 bytes; the header, JSON, with type, shape, first and
-    last byte of every tensor; the tensors.
-    """
-    state = {}
-    try:
-        # Mapped: what is copied out of it is all the memory that reading takes.
-        raw = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
-        start = 8 + int(raw[:8].view(torch.int64))
-        header = json.loads(raw[8:start].numpy().tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            # A slice would take other bytes, or fewer, without a word.
-            if not 0 <= first <= last <= len(raw) - start:
-                raise ValueError("bytes outside the file")
-            w = raw[start + first : start + last].clone()
-            state[name] = w.view(SAFE_TYPES[entry["dtype"]]).view(entry["shape"])
-    except Exception as error:  # half a dozen kinds, depending on the damage
-        raise data.UserError(f"{path} is not a readable .safetensors file ({error}).") from error
-    return state
-
-
-def read_weights(path):
-    """A file of weights, .safetensors or torch's -> {name: tensor}.
-
-    Raises data.UserError for a missing or damaged one.
-    """
-    if path.endswith(".safetensors"):
-        return read_safetensors(path)
-    state = data.load_checkpoint(path)
-    return state.get("state_dict", state)  # Lightning's checkpoints hold other things beside it
-
-
-def config_beside(path):
-    """What config.json says in the folder of a file of weights; empty where there is none."""
-    config = Path(path).with_name("config.json")
-    return json.loads(config.read_text()) if config.exists() else {}
-
 
 def under(state, prefix):
     """The weights whose names start with prefix, without it."""
@@ -1177,10 +1132,10 @@ def load_pretrained(codec, cfg):
 
 def load_video_vae(codec, path):
     """Both video VAEs, which are in one file."""
-    state = read_weights(path)
+    state = data.read_weights(path)
     temporal = under(state, "temporal_vae.")
     # Its shift and scale are the constants above. Version 1.3 has 16 channels, and other names.
-    if "V1_3" in str(config_beside(path)) or not temporal:
+    if "V1_3" in str(data.config_beside(path)) or not temporal:
         raise data.UserError(
             f"{path} is not Open-Sora's VAE 1.2; that of version 1.3, for one, is another network. "
             "Take model.safetensors from Hugging Face's hpcai-tech/OpenSora-VAE-v1.2."
@@ -1193,9 +1148,9 @@ def load_video_vae(codec, path):
 
 def load_audio_vae(codec, path, vocoder):
     """The mel VAE and the vocoder; the latter from the same file where `vocoder` is empty."""
-    state = read_weights(path)
+    state = data.read_weights(path)
     # AudioLDM's checkpoint has the factor among its weights, diffusers' folder in config.json.
-    factor = state.get("scale_factor", config_beside(path).get("scaling_factor"))
+    factor = state.get("scale_factor", data.config_beside(path).get("scaling_factor"))
     if factor is None:
         raise data.UserError(
             f"{path} does not say how its latents are scaled: take a whole checkpoint of AudioLDM, "
@@ -1208,7 +1163,7 @@ def load_audio_vae(codec, path, vocoder):
     data.load_weights(codec.mel_vae, ldm_names(vae), path)
     say(f"{path}: AudioLDM's mel VAE. License: CC BY-NC-SA 4.0, not for commercial use.")
 
-    state = read_weights(vocoder) if vocoder else under(state, "vocoder.")
+    state = data.read_weights(vocoder) if vocoder else under(state, "vocoder.")
     if not state:
         raise data.UserError(
             f"There is no vocoder in {path}: add --vocoder FILE (Hugging Face: "
@@ -1434,6 +1389,48 @@ def place_embedding(rows, columns, size, dim):
     return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], -1)
 
 
+class TimeMlp(nn.Module):
+    """A number (B,) -> (B, D): its sinusoids through a small MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(time_embedding(t, 256))
+
+
+class TextEmbedder(nn.Module):
+    """Words (B, M, W) -> (B, M, D). y_embedding: what stands for no caption, not trained."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        null = torch.randn(cfg.text_tokens, cfg.text_width) / cfg.text_width**0.5
+        self.register_buffer("y_embedding", null)
+        self.y_proj = Mlp(cfg.text_width, cfg.width, cfg.width)
+
+    def forward(self, text):
+        return self.y_proj(text)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, T, S, D) -> the numbers of their patches, (B, T, S, channels).
+
+    Where frames are masked, the released code modulates twice what the mask leaves out; nothing
+    here masks frames.
+    """
+
+    def __init__(self, width, channels):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.linear = nn.Linear(width, channels)
+
+    def forward(self, x, c):
+        rows = self.scale_shift_table + c[:, None]  # (B, 2, D)
+        shift, scale = rows[:, :, None, None].unbind(1)  # (B, 1, 1, D) each
+        return self.linear(modulate(x, shift, scale))
+
+
 class STDiT3(nn.Module):
     """A film (B, C, T, H, W) -> the network's output of each place, (B, C_out, T, H, W)."""
 
@@ -1484,58 +1481,18 @@ class STDiT3(nn.Module):
         x = self.x_embedder["proj"](x)  # (B, D, T, rows, columns)
         rows, columns = x.shape[3:]
         x = x.flatten(3).permute(0, 2, 3, 1) + self.places  # (B, T, S, D)
-        t = self.t_embedder(t) + self.fps_embedder(t.new_full((1,), self.cfg.fps))  # (B, D)
-        t6 = self.t_block(t)[:, None]  # (B, 1, 6 * D)
+        fps = t.new_full((1,), self.cfg.fps)
+        c = self.t_embedder(t) + self.fps_embedder(fps)  # (B, D)
+        c6 = self.t_block(c)[:, None]  # (B, 1, 6 * D)
         y = self.y_embedder(text)  # (B, M, D)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = recomputed(self.cfg, spatial, x, y, t6, text_mask, None, self.space_turn)
-            x = recomputed(self.cfg, temporal, x, y, t6, text_mask, None, self.time_turn)
-        x = self.final_layer(x, t)  # (B, T, S, 2 * 2 * C_out)
+            # None: all tokens count.
+            x = recomputed(self.cfg, spatial, x, y, c6, text_mask, None, self.space_turn)
+            x = recomputed(self.cfg, temporal, x, y, c6, text_mask, None, self.time_turn)
+        x = self.final_layer(x, c)  # (B, T, S, 2 * 2 * C_out)
         x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, columns))
         x = x.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C_out, T, rows, 2, columns, 2)
         return x.flatten(5).flatten(3, 4)[..., :H, :W].float()
-
-
-class TimeMlp(nn.Module):
-    """A number (B,) -> (B, D): its sinusoids through a small MLP."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):
-        return self.mlp(time_embedding(t, 256))
-
-
-class TextEmbedder(nn.Module):
-    """Words (B, M, W) -> (B, M, D). y_embedding: what stands for no caption, not trained."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        null = torch.randn(cfg.text_tokens, cfg.text_width) / cfg.text_width**0.5
-        self.register_buffer("y_embedding", null)
-        self.y_proj = Mlp(cfg.text_width, cfg.width, cfg.width)
-
-    def forward(self, text):
-        return self.y_proj(text)
-
-
-class FinalLayer(nn.Module):
-    """Tokens (B, T, S, D) -> the numbers of their patches, (B, T, S, channels).
-
-    Where frames are masked, the released code modulates twice what the mask leaves out; nothing
-    here masks frames.
-    """
-
-    def __init__(self, width, channels):
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.linear = nn.Linear(width, channels)
-
-    def forward(self, x, t):
-        rows = self.scale_shift_table + t[:, None]  # (B, 2, D)
-        shift, scale = rows[:, :, None, None].unbind(1)  # (B, 1, 1, D) each
-        return self.linear(modulate(x, shift, scale))
 
 
 # ---- Text. The loader's workers turn captions into numbers; the model, or a T5, reads those.
@@ -1568,7 +1525,9 @@ def read(words, cfg):
     if not cfg.t5:
         return words, words.any(-1)  # (B, M, LETTERS)
     mask = words > 0
-    return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state.float(), mask
+    # T5 overflows in fp16.
+    with torch.autocast(words.device.type, enabled=False):
+        return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state, mask
 
 
 class ByteText(nn.Module):
@@ -1599,43 +1558,23 @@ def t5(folder, part, device="cpu"):
         import transformers
 
         if part == "tokenizer":
+            # Without its files, transformers would make up one that knows no word.
+            if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "spiece.model")):
+                raise OSError
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encoder = transformers.T5EncoderModel.from_pretrained(folder, local_files_only=True)
         return encoder.to(device).eval()
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise data.UserError(
-            f"--t5 {folder} needs `pip install transformers` and a folder with "
-            f"a T5 encoder ({type(error).__name__})."
+            f"--t5 {folder} needs `pip install transformers sentencepiece protobuf`, and a folder "
+            f"with a T5 encoder and its tokenizer ({type(error).__name__})."
         ) from None
-
-
-def vary(caption, label, key, drop):
-    """What the clip is called this time, so that short prompts are nothing new.
-
-    Nothing, for guidance (a share `drop`); else one of three: "a video of <label>"; its caption;
-    its caption short of some words.
-    """
-    rng = np.random.default_rng(key)
-    kind = rng.random()
-    share = rng.uniform(0.3, 1)  # of the words to keep
-    if kind < drop:
-        return ""
-    kind = (kind - drop) / (1 - drop)
-    if kind < 1 / 3:
-        return "a video" if label == "unlabeled" else f"a video of {label}"
-    words = re.sub("^a video( of)?", "", caption).split()
-    if kind >= 2 / 3:
-        words = [word for word in words if rng.random() < share]
-    if not words:
-        return "a video"
-    opening = ["a video of"] if rng.random() < 0.5 else []
-    return " ".join(opening + words)
 
 
 class Captioned(torch.utils.data.Dataset):
     """A data set whose clips also have `words`, their captions as spell() writes them.
 
-    varied: as vary() calls the clip, which follows from its number.
+    varied: as data.vary() calls the clip, which follows from its number.
     """
 
     def __init__(self, dataset, cfg, varied=False):
@@ -1652,12 +1591,17 @@ class Captioned(torch.utils.data.Dataset):
         if self.varied:
             label = self.dataset.labels[clip["label"]]
             key = data.clip_key(self.cfg.seed, i)
-            caption = vary(caption, label, key, self.cfg.text_drop)
+            caption = data.vary(caption, label, key, self.cfg.text_drop, bool(self.cfg.t5))
         clip["words"] = spell(caption, self.cfg)
         return clip
 
 
 # ---- The whole model
+
+
+def as_clips(x):
+    """What a codec decodes -> video uint8 (B, F, H, W, 3), audio (B, L) in [-1, 1]."""
+    return data.to_uint8(x["video"]).cpu(), x["audio"].float().clamp(-1, 1).cpu()
 
 
 class UniForm(nn.Module):
@@ -1759,7 +1703,8 @@ def across(values):
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(abar) x_0, (1 - abar) I), undone by a network that estimates the noise.
 
-    The paper prints abar for its root (section 3.1.1).
+    The paper prints abar for its root (section 3.1.1). model: for codec and shapes; what is called
+    in training is net, the same compiled, or as DDP wraps it.
     """
 
     def __init__(self, model):
@@ -1776,12 +1721,9 @@ class Diffusion:
 
     def draw(self, keys, device):
         """Steps t (B,) and noise (B, C, T, h, k + w), each clip's from its own key."""
-        u = []
-        eps = []
-        for own in generators(keys, device):
-            u.append(torch.rand((), generator=own, device=device))
-            eps.append(torch.randn(self.model.shape, generator=own, device=device))
-        return self.draw_steps(torch.stack(u)), torch.stack(eps)
+        draws = generators(keys, device)
+        u = torch.stack([torch.rand((), generator=own, device=device) for own in draws])
+        return self.draw_steps(u), normal(draws, self.model.shape)
 
     def draw_steps(self, u):
         """u (B,) in [0, 1) -> the steps to train at, uniform in 0 ... T - 1."""
@@ -1791,7 +1733,7 @@ class Diffusion:
         """What the network's output (B, C, ...) says of the noise in x."""
         return out
 
-    def weight(self, x0, t):
+    def weight(self, t):
         """Of the squared errors; 1 in the paper."""
         return 1.0
 
@@ -1821,17 +1763,18 @@ class Diffusion:
             t = (level * self.T).long()
         words, mask = read(batch["words"], self.cfg)
 
+        share = 3 / 2 / len(tasks)  # two of three tasks make a stream
         total = 0
         parts = {"video": x0.new_zeros(()), "audio": x0.new_zeros(())}
         for task in tasks:
             error, square = self.errors(net, x0, eps, t, task, words, mask)
             # The masks of eq. 1-3: only what the task makes has a loss.
-            if task != "v2a":
+            if task in ("t2av", "a2v"):  # eq. 2, 3
                 total = total + self.model.video(error).mean()
-                parts["video"] += self.model.video(square).mean() * 3 / 2 / len(tasks)
-            if task != "a2v":
+                parts["video"] += share * self.model.video(square).mean()
+            if task in ("t2av", "v2a"):  # eq. 1, 3
                 total = total + self.cfg.audio_weight * self.model.audio(error).mean()
-                parts["audio"] += self.model.audio(square).mean() * 3 / 2 / len(tasks)
+                parts["audio"] += share * self.model.audio(square).mean()
         return total, parts
 
     def errors(self, net, x0, eps, t, task, words, mask):
@@ -1841,7 +1784,7 @@ class Diffusion:
         x = torch.where(self.model.made(task), x_t, known)
         eps_theta, share = self.estimate(net, x, t, task, words, mask)
         square = (eps - eps_theta).square()
-        error = self.weight(x0, t) * square
+        error = self.weight(t) * square
         if share is not None:
             error = error + self.bound(x0, x_t, t, eps_theta.detach(), share)
         return error, square.detach()
@@ -1855,12 +1798,12 @@ class Diffusion:
 
         KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)); at t = 0, -log p(x_0 | x_1), as a density.
         """
-        x0_share, _, low, high = [across(x) for x in self.table[t].unbind(1)]
+        x0_share, _, log_low, log_high = [across(x) for x in self.table[t].unbind(1)]
         x0_theta = (x_t - across(self.sigma[t]) * eps) / across(self.alpha[t])
-        log_variance = share * high + (1 - share) * low
+        log_variance = share * log_high + (1 - share) * log_low
         off = x0_share * (x0 - x0_theta)  # between the two means; at t = 0, from x_0
-        square = (low.exp() + off.square()) * (-log_variance).exp()
-        kl = 0.5 * (log_variance - low - 1 + square)
+        squares = (log_low.exp() + off.square()) / log_variance.exp()
+        kl = 0.5 * (log_variance - log_low - 1 + squares)
         density = 0.5 * (math.log(2 * math.pi) + log_variance + off.square() / log_variance.exp())
         return torch.where(across(t) == 0, density, kl) / math.log(2)
 
@@ -1901,11 +1844,11 @@ class Diffusion:
                 before = abar[i - 1].item()
                 x = before**0.5 * x0 + (1 - before) ** 0.5 * eps
             else:
-                x0_share, x_share, low, high = table[i].tolist()
-                if share is not None:
-                    low = low + share[: len(x)] * (high - low)
-                deviation = torch.exp(0.5 * torch.as_tensor(low))
-                x = x0_share * x0 + x_share * x + deviation * noise()
+                x0_share, xi_share, log_low, log_high = table[i].tolist()
+                log_variance = torch.tensor(log_low)
+                if share is not None:  # of the conditional half
+                    log_variance = log_low + share[: len(x)] * (log_high - log_low)
+                x = x0_share * x0 + xi_share * x + torch.exp(0.5 * log_variance) * noise()
         return torch.where(made, x, given)
 
 
@@ -1916,9 +1859,19 @@ class Velocity(Diffusion):
     def noise_estimate(self, out, x, t):
         return across(self.sigma[t]) * x + across(self.alpha[t]) * out
 
-    def weight(self, x0, t):
+    def draw_steps(self, u):
+        """Log-normal noise levels, as in EDM (Karras et al. 2022): fewer of those that hide all."""
+        mean, deviation = self.cfg.noise_levels
+        ratio = torch.exp(mean + deviation * 2**0.5 * torch.erfinv(2 * u - 1))
+        return torch.searchsorted(self.sigma / self.alpha, ratio).clamp(max=self.T - 1)
+
+    def weight(self, t):
         """An error in v is alpha times smaller in eps."""
         return 1 / across(self.alpha[t]).square()
+
+    def times(self, steps):
+        """Those of the paper, but a stride noisier: from T / steps - 1, not 0, to T - 1."""
+        return torch.tensor([(i + 1) * self.T // steps - 1 for i in range(steps)])
 
 
 def build_process(model):
@@ -2191,18 +2144,13 @@ def fit(model, loss_fn, cfg, train, val, sample_fn=None):
 # ---- The two stages
 
 
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
 def load_start(model, path):
     """--init_from: a checkpoint's averaged weights or bare ones; of Open-Sora, its STDiT3's."""
-    state = read_weights(path)
+    state = data.read_weights(path)
     state = state.get("ema", state)
     if "x_embedder.proj.weight" in state:
         state.pop("rope.freqs", None)  # a constant: line() has it
@@ -2224,10 +2172,10 @@ def train_vae(cfg, train, val, device):
         batch_size=cfg.vae_batch_size,
         lr=cfg.vae_lr,
         betas=cfg.vae_betas,
+        optimizer=cfg.vae_optimizer,
     )
     torch.manual_seed(cfg.seed)
     codec = SmallCodec(cfg)
-    codec.edges = names_like(codec, "codes|enter|leave|patch|render")
     if cfg.init_from:
         load_start(codec, cfg.init_from)
     elif RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
@@ -2247,11 +2195,6 @@ def train_vae(cfg, train, val, device):
     fit(codec, vae_loss, cfg, train, val, rebuilt)
 
 
-def as_clips(x):
-    """What a codec decodes -> video uint8 (B, F, H, W, 3), audio (B, L) in [-1, 1]."""
-    return data.to_uint8(x["video"]).cpu(), x["audio"].float().clamp(-1, 1).cpu()
-
-
 def load_small(codec, cfg, train):
     """Fill the codec from OUT/vae/ckpt.pt, and have its latents of unit variance."""
     path = f"{cfg.out}/vae/ckpt.pt"
@@ -2260,6 +2203,9 @@ def load_small(codec, cfg, train):
     state = data.load_checkpoint(path)
     if state["step"] < state["cfg"]["steps"]:
         raise data.UserError(f"{path} is not trained to its end: run --stage vae first.")
+    for name in ("fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"):
+        if state["cfg"][name] != getattr(cfg, name):
+            raise data.UserError(f"{path} was trained with --{name} {state['cfg'][name]}.")
     data.load_weights(codec, state["ema"], path)
     codec.measure(some_clips(train, cfg, 256))
 
@@ -2268,49 +2214,12 @@ def check_codec(codec, cfg):
     """Refuse to go on with a run of another codec."""
     run = Path(f"{cfg.out}/ckpt.pt")
     if run.exists():
-        old = data.load_checkpoint(run)["ema"]
+        old = data.load_checkpoint(run).get("ema", {})
         for name, p in codec.named_parameters():
             if not torch.equal(old.get(f"codec.{name}", p), p):
                 raise data.UserError(
                     f"{run} was trained with another codec: choose another --out, or move it away."
                 )
-
-
-class Latents(torch.utils.data.Dataset):
-    """The first n clips of a data set as latents z_v, z_a; later ones are the same again.
-
-    They are encoded once, into files of 32 clips, of which every process makes its share.
-    """
-
-    def __init__(self, model, dataset, n, name, device):
-        self.labels = dataset.labels
-        self.n = n
-        # Other clips or other weights of the autoencoder, which are the frozen ones, other files.
-        cfg = model.cfg
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        weights = sum(p.cpu().double().abs().sum().item() for p in frozen)
-        clip = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
-        mark = data.clip_key(cfg.seed, f"{n} of {cfg.data}, {clip}, by {weights}")
-        folder = f"{cfg.out}/latents/{name}_{mark:015x}"
-        paths = [f"{folder}/{first:08d}.pt" for first in range(0, n, 32)]
-        for i in tqdm(range(RANK, len(paths), WORLD), f"latents {name}", disable=RANK > 0):
-            if not Path(paths[i]).exists():
-                batch = data.make_batch(dataset, 0, range(32 * i, min(n, 32 * i + 32)))
-                z = model.encode(data.to_device(batch, device))
-                clips = {"caption": batch["caption"], "label": batch["label"].tolist()}
-                clips |= {name: latents.cpu() for name, latents in z.items()}
-                with data.whole_file(paths[i]) as new:
-                    torch.save(clips, new)
-        if WORLD > 1:
-            dist.barrier()  # all files are there
-        self.files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        file = self.files[i % self.n // 32]
-        return {name: values[i % self.n % 32] for name, values in file.items()}
 
 
 def train_dit(cfg, train, val, device):
@@ -2335,8 +2244,8 @@ def train_dit(cfg, train, val, device):
     loss = process.loss_of_clips
     if cfg.cache_latents:
         loss = process.loss
-        train = Latents(model, train, cfg.cache_latents, "train", device)
-        val = Latents(model, val, min(cfg.val_clips, len(val)), "val", device)
+        train = data.Latents(model, train, cfg.cache_latents, "train", device, RANK, WORLD)
+        val = data.Latents(model, val, min(cfg.val_clips, len(val)), "val", device, RANK, WORLD)
     say(f"Stage dit: {count(model.dit):,} parameters on {device}, to {cfg.out}")
 
     def samples(ema):
@@ -2347,20 +2256,6 @@ def train_dit(cfg, train, val, device):
 
 
 # ---- Sampling and the command line
-
-
-def captions_for(n, prompt, label):
-    """What the n clips are to show: prompt or label, one value or a list of n; "": anything."""
-    if prompt and label:
-        raise data.UserError("Give a prompt or a label, not both.")
-    said = prompt or label or ""
-    if isinstance(said, str):
-        said = [said] * n
-    if len(said) != n:
-        raise data.UserError(f"{n} clips need one prompt or label or {n} of them, not {len(said)}.")
-    if label:
-        return [f"a video of {name}" for name in said]
-    return list(said)
 
 
 def condition(cfg, n, video, audio):
@@ -2415,10 +2310,13 @@ def sample(
     """
     cfg = model.cfg
     device = next(model.parameters()).device
-    captions = captions_for(n, prompt, label)
+    captions = data.captions_for(n, prompt, label)
     if cfg.text_drop == 1 and (any(captions) or negative_prompt):
         raise data.UserError("This model was trained without text: leave out prompt and label.")
     task, given = condition(cfg, n, video, audio)
+    steps = steps or cfg.sample_steps
+    if steps > cfg.diffusion_steps:
+        raise data.UserError("--steps must not exceed --diffusion_steps.")
     guidance = cfg.guidance if guidance is None else guidance
     if not isinstance(negative_prompt or "", str):
         raise data.UserError("--negative_prompt is one text for all clips.")
@@ -2437,10 +2335,10 @@ def sample(
         part = slice(first, first + batch_size)
         known = data.to_device({name: x[part] for name, x in given.items()}, device)
         noise = noise_of(keys[part], model.shape, device)
-        text = (words[part].to(device), negative, guidance)
+        said = words[part].to(device)
         with autocast:
-            film = model.film(model.encode(known), len(words[part]))
-            film = process.sample(noise, task, film, *text, steps or cfg.sample_steps)
+            film = model.film(model.encode(known), len(said))
+            film = process.sample(noise, task, film, said, negative, guidance, steps)
             v, a = model.decode(film)
         videos.append(v)
         audios.append(a)
@@ -2449,14 +2347,14 @@ def sample(
 
 
 def noise_of(keys, shape, device):
-    """-> noise(), which draws normal noise (B, *shape), each clip's from its own key.
+    """-> noise(), which draws normal noise (B, *shape) for the clips of these keys.
 
     On the CPU: all devices get the same.
     """
     draws = generators(keys, "cpu")
 
     def noise():
-        return torch.stack([torch.randn(shape, generator=own) for own in draws]).to(device)
+        return normal(draws, shape).to(device)
 
     return noise
 

@@ -66,18 +66,29 @@ def mm_diffusion(module, cfg, device):
 
 
 def proav_dit(module, cfg, device):
-    """The same of the generator; with --cache_latents 0 every step encodes its clips anew."""
+    """The same of the generator."""
     model = module.ProAV(cfg).to(device)
-    flow = module.ReflectedFlow(model)
+    return of_latents(module, model, module.ReflectedFlow(model))
+
+
+def uniform_dit(module, cfg, device):
+    """The same of the generator; codecs have their first weights."""
+    model = module.UniForm(cfg).to(device)
+    return of_latents(module, model, module.build_process(model))
+
+
+def of_latents(module, model, process):
+    """A generator of latents; with --cache_latents 0 every step encodes its clips anew."""
+    cfg = model.cfg
     clips = data.open_dataset(cfg.data, "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
     latents = {}
 
     def loss(net, batch):
         if not cfg.cache_latents:
-            return flow.loss_of_clips(net, batch)
+            return process.loss_of_clips(net, batch)
         if not latents:
             latents.update(model.encode(batch))
-        return flow.loss(net, {**batch, **latents})
+        return process.loss(net, {**batch, **latents})
 
     def sample(n):
         return module.sample(model.eval(), n, prompt="a video of a red ball bouncing")
@@ -85,7 +96,7 @@ def proav_dit(module, cfg, device):
     return model, loss, module.Captioned(clips, cfg), sample
 
 
-BUILD = {"mm_diffusion": mm_diffusion, "proav_dit": proav_dit}
+BUILD = {"mm_diffusion": mm_diffusion, "uniform_dit": uniform_dit, "proav_dit": proav_dit}
 
 
 def seconds(f, repeat, device, clock=time.perf_counter):

@@ -972,7 +972,7 @@ def test_pretrained_sizes():
 
 def write_safetensors(path, state):
     """By the format's description: header length, header, tensors."""
-    kinds = {dtype: name for name, dtype in ud.SAFE_TYPES.items()}
+    kinds = {dtype: name for name, dtype in data.SAFE_TYPES.items()}
     header = {"__metadata__": {"format": "pt"}}
     payload = b""
     for name, w in state.items():
@@ -986,13 +986,13 @@ def write_safetensors(path, state):
 
 def test_safetensors(tmp_path):
     state = {}
-    for kind, dtype in ud.SAFE_TYPES.items():
+    for kind, dtype in data.SAFE_TYPES.items():
         state[f"{kind}.some"] = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
         state[f"{kind}.one"] = torch.tensor(1).to(dtype)  # of no dimensions
         state[f"{kind}.none"] = torch.zeros(0, 3, dtype=dtype)
     path = tmp_path / "x.safetensors"
     write_safetensors(path, state)
-    read = ud.read_weights(str(path))
+    read = data.read_weights(str(path))
     assert list(read) == list(state)
     for name, w in state.items():
         assert read[name].dtype == w.dtype and torch.equal(read[name], w), name
@@ -1010,11 +1010,11 @@ def test_safetensors(tmp_path):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(data.UserError, match="not a readable"):
-            ud.read_weights(str(path))
+            data.read_weights(str(path))
     path.unlink()
     for missing in (path, tmp_path / "x.pt"):
         with pytest.raises(data.UserError, match="x.safetensors|There is no"):
-            ud.read_weights(str(missing))
+            data.read_weights(str(missing))
 
 
 def tiny_codec(cfg):

@@ -1,4 +1,5 @@
 """proav_dit.py: audio as video, MDSA and its losses, STDiT, reflected flow, stages, sampling."""
+
 import dataclasses
 import math
 import os
@@ -414,17 +415,17 @@ def test_spelling():
 
 
 def test_variation_of_captions():
-    names = [pa.vary("a small red ball", "bounce", key, 0.1) for key in range(2000)]
+    names = [data.vary("a small red ball", "bounce", key, 0.1) for key in range(2000)]
     assert 0.07 < names.count("") / 2000 < 0.14
     assert 0.25 < names.count("a video of bounce") / 2000 < 0.35
     assert names.count("a small red ball") / 2000 > 0.14
     wanted = {"red ball", "a small ball", "a video of a small red ball", "a video of red ball"}
     assert wanted <= set(names)
     for caption in ("a video of rain", "a video"):  # of a clip that came without a caption
-        names = {pa.vary(caption, "rain", key, 0.1) for key in range(300)}
+        names = {data.vary(caption, "rain", key, 0.1) for key in range(300)}
         assert names <= {"", "a video of rain", "rain", "a video"}
         assert len(names) > 1
-    assert "a video" in {pa.vary("a video", "unlabeled", key, 0.1) for key in range(20)}
+    assert "a video" in {data.vary("a video", "unlabeled", key, 0.1) for key in range(20)}
 
 
 def test_the_loader_spells_captions():
@@ -439,7 +440,7 @@ def test_the_loader_spells_captions():
     said = {pa.Captioned(dataset, cfg)[0]["words"].tobytes()}
     for number in range(0, 200 * len(dataset.labels), len(dataset.labels)):
         label = dataset.labels[dataset[number]["label"]]
-        name = pa.vary(dataset[number]["caption"], label, data.clip_key(cfg.seed, number), 0.1)
+        name = data.vary(dataset[number]["caption"], label, data.clip_key(cfg.seed, number), 0.1)
         assert np.array_equal(varied[number]["words"], pa.spell(name, cfg))
         said.add(varied[number]["words"].tobytes())
     assert len(said) > 20
@@ -469,8 +470,7 @@ def test_a_t5_reads_captions(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", fake_transformers(16))
     pa.t5.cache_clear()
     out = tmp_path / "run"
-    pa.main([*TINY, "--t5", str(tmp_path), "--out", str(out), "--mdsa_steps", "1",
-             "--steps", "1"])
+    pa.main([*TINY, "--t5", str(tmp_path), "--out", str(out), "--mdsa_steps", "1", "--steps", "1"])
     model = pa.load(out / "ckpt.pt")
     assert pa.sample(model, 2, prompt=["red", "blue"])[0].shape == (2, 4, 8, 8, 3)
     words = words_of(model.cfg, "red", "")
@@ -625,7 +625,7 @@ def test_latents_come_in_files_and_go_round(tmp_path):
     cfg = tiny("--out", str(tmp_path))
     model = net_of(pa.ProAV, cfg)
     dataset = data.open_dataset("toy", "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
-    latents = pa.Latents(model, dataset, 40, "train", "cpu")
+    latents = data.Latents(model, dataset, 40, "train", "cpu")
     assert len(latents.files) == 2
     for i in (0, 35, 40 + 35):
         clip = latents[i]

@@ -907,7 +907,7 @@ def test_latents_come_in_files_and_go_round(tmp_path):
     model = net_of("--out", str(tmp_path))
     cfg = model.cfg
     dataset = data.open_dataset("toy", "train", cfg.frames, cfg.size, cfg.fps, cfg.rate)
-    clips = ud.Latents(model, dataset, 40, "train", "cpu")
+    clips = data.Latents(model, dataset, 40, "train", "cpu")
     assert len(clips.files) == 2
     for i in (0, 35, 40 + 35):
         clip = clips[i]
