@@ -245,6 +245,39 @@ def test_toy_train_and_val_are_disjoint():
             data.open_dataset(name, split)
 
 
+# ---- What clips are called
+
+
+def test_variation_of_captions():
+    names = [data.vary("a small red ball", "bounce", key, 0.1) for key in range(2000)]
+    assert 0.07 < names.count("") / 2000 < 0.14
+    assert 0.25 < names.count("a video of bounce") / 2000 < 0.35
+    assert names.count("a small red ball") / 2000 > 0.14
+    wanted = {"red ball", "a small ball", "a video of a small red ball", "a video of red ball"}
+    assert wanted <= set(names)
+    for caption in ("a video of rain", "a video"):  # of a clip that came without a caption
+        names = {data.vary(caption, "rain", key, 0.1) for key in range(300)}
+        assert names <= {"", "a video of rain", "rain", "a video"}
+        assert len(names) > 1
+    assert "a video" in {data.vary("a video", "unlabeled", key, 0.1) for key in range(20)}
+    # For a T5: dropped, or as it is.
+    names = [data.vary("a small red ball", "bounce", key, 0.3, whole=True) for key in range(2000)]
+    assert set(names) == {"", "a small red ball"}
+    assert 0.26 < names.count("") / 2000 < 0.34
+
+
+def test_captions_of_samples():
+    assert data.captions_for(2, None, None) == ["", ""]
+    assert data.captions_for(2, "rain", None) == ["rain", "rain"]
+    assert data.captions_for(2, ["rain", ""], None) == ["rain", ""]
+    assert data.captions_for(2, "", ["rain", "bounce"]) == ["a video of rain", "a video of bounce"]
+    assert data.captions_for(1, None, "rain") == ["a video of rain"]
+    assert refusal(data.captions_for, 1, "a", "b") == "Give a prompt or a label, not both."
+    for said in ({"prompt": ["a"], "label": ""}, {"prompt": "", "label": ["a"] * 3}):
+        says = refusal(data.captions_for, 2, **said)
+        assert says.startswith("2 clips need one prompt or label or 2 of them")
+
+
 # ---- Loader
 
 
@@ -268,7 +301,7 @@ def test_loader_does_not_depend_on_workers_ranks_or_resumption():
     assert "multiple of 3" in refusal(data.loader, train, 4, 0, 1, world=3)
 
 
-class Latents(torch.utils.data.Dataset):
+class OtherArrays(torch.utils.data.Dataset):
     """Clips of other arrays than video and audio."""
 
     def __getitem__(self, i):
@@ -282,7 +315,7 @@ class Latents(torch.utils.data.Dataset):
 
 
 def test_every_array_of_a_clip_is_in_the_batch():
-    batch = data.make_batch(Latents(), 5, range(2, 6), step=7)
+    batch = data.make_batch(OtherArrays(), 5, range(2, 6), step=7)
     assert set(batch) == {"z_v", "z_a", "label", "caption", "key", "step"} and batch["step"] == 7
     assert batch["z_v"].shape == (4, 2, 3) and batch["z_v"].dtype == torch.float16
     assert batch["z_a"].shape == (4, 4) and batch["z_a"].dtype == torch.bfloat16
@@ -292,8 +325,8 @@ def test_every_array_of_a_clip_is_in_the_batch():
     assert moved["z_v"].dtype == torch.float16 and moved["z_a"].shape == (4, 4)
     floats = torch.rand(1, 2, 3, 4, 4)
     assert torch.equal(data.to_device({"video": floats}, "cpu")["video"], floats)
-    workers = list(data.loader(Latents(), 2, 1, 3, workers=1))
-    same(workers[1], data.make_batch(Latents(), 0, [4, 5], 2))
+    workers = list(data.loader(OtherArrays(), 2, 1, 3, workers=1))
+    same(workers[1], data.make_batch(OtherArrays(), 0, [4, 5], 2))
 
 
 def test_parts_of_a_batch():
@@ -548,6 +581,62 @@ def test_weights_that_do_not_fit_are_named():
     assert torch.equal(net.weight, wanted["weight"].half().float())
 
 
+def write_safetensors(path, state):
+    """By the format's description: header length, header, tensors."""
+    kinds = {dtype: name for name, dtype in data.SAFE_TYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    payload = b""
+    for name, w in state.items():
+        raw = w.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        offsets = [len(payload), len(payload) + len(raw)]
+        payload += raw
+        header[name] = dict(dtype=kinds[w.dtype], shape=list(w.shape), data_offsets=offsets)
+    text = json.dumps(header).encode() + b" "
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+
+
+def test_safetensors():
+    state = {}
+    for kind, dtype in data.SAFE_TYPES.items():
+        state[f"{kind}.some"] = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+        state[f"{kind}.one"] = torch.tensor(1).to(dtype)  # of no dimensions
+        state[f"{kind}.none"] = torch.zeros(0, 3, dtype=dtype)
+    path = Path("x.safetensors")
+    write_safetensors(path, state)
+    read = data.read_weights(str(path))
+    assert list(read) == list(state)
+    for name, w in state.items():
+        assert read[name].dtype == w.dtype and torch.equal(read[name], w), name
+
+    whole = path.read_bytes()
+    damaged = (
+        b"",
+        whole[:100],
+        whole[:-1],
+        (2**60).to_bytes(8, "little") + whole[8:],
+        whole.replace(b'"F64"', b'"F65"'),
+        whole.replace(b"[0, 48]", b"[-8,40]"),
+        whole.replace(b"[2, 3]", b"[2, 4]"),
+    )
+    for content in damaged:
+        path.write_bytes(content)
+        assert "x.safetensors is not a readable" in refusal(data.read_weights, str(path))
+    path.unlink()
+    assert "x.safetensors" in refusal(data.read_weights, str(path))
+
+
+def test_weights_of_other_files():
+    state = {"a": torch.ones(2)}
+    torch.save(state, "x.pt")
+    assert torch.equal(data.read_weights("x.pt")["a"], state["a"])
+    torch.save({"state_dict": state, "epoch": 3}, "x.ckpt")  # Lightning's
+    assert list(data.read_weights("x.ckpt")) == ["a"]
+    assert "There is no" in refusal(data.read_weights, "nowhere.pt")
+    assert data.config_beside("x.pt") == {}
+    Path("config.json").write_text('{"scaling_factor": 0.5}')
+    assert data.config_beside("x.pt") == {"scaling_factor": 0.5}
+
+
 def test_configs_of_older_files():
     cfg = data.read_config(Config, {"cfg": {"width": 7, "save_every": 100}}, "x.pt")
     assert cfg == Config(width=7)
@@ -597,6 +686,84 @@ def test_samples_of_a_run():
         shown, heard = data.load_clip(f"{folder}/step000020_1.{ending}", 16, 32, 10, 8000)
         assert (shown is None) == (v is None) and (heard is None) == (a is None)
     assert abs(heard - clips[1]["audio"]).max() < 1e-3
+
+
+# ---- Latents
+
+
+class Encoder(torch.nn.Module):
+    """A model of latents: its frozen part encodes, the other one is being trained."""
+
+    def __init__(self, frozen=2.0, **other):
+        super().__init__()
+        self.frozen = torch.nn.Parameter(torch.tensor(frozen), requires_grad=False)
+        self.trained = torch.nn.Parameter(torch.tensor(1.0))
+        shape = dict(frames=4, size=8, fps=10, rate=4000)
+        self.cfg = argparse.Namespace(**{"seed": 0, "data": "toy", "out": "out", **shape, **other})
+        self.clips = 0  # it has encoded
+
+    @torch.no_grad()
+    def encode(self, batch):
+        self.clips += len(batch["video"])
+        z_a = self.frozen * batch["audio"].unflatten(-1, (-1, 100)).mean(-1)  # (B, 1, L / 100)
+        return {"z_v": self.frozen * batch["video"].mean((3, 4)), "z_a": z_a}
+
+
+def test_latents_come_in_files_and_go_round():
+    dataset = data.open_dataset("toy", "train", 4, 8, 10, 4000)
+    model = Encoder()
+    latents = data.Latents(model, dataset, 40, "train", "cpu")
+    assert len(latents) == 40 and latents.labels == dataset.labels
+    assert model.clips == 40 and len(list(Path("out/latents").rglob("*.pt"))) == 2
+    for i in (0, 31, 32, 39, 40, 40 + 35, 3 * 40 + 1):
+        batch = data.make_batch(dataset, 0, [i % 40])
+        z = model.encode(data.to_device(batch, "cpu"))
+        for name in ("z_v", "z_a"):
+            assert (latents[i][name] - z[name][0]).abs().max() < 1e-6
+        assert latents[i]["caption"] == batch["caption"][0]
+        assert latents[i]["label"] == batch["label"][0]
+    batch = data.make_batch(latents, 0, [39, 40])
+    assert batch["z_v"].shape == (2, 4, 3) and batch["z_a"].shape == (2, 1, 16)
+
+
+def test_latents_are_encoded_once():
+    """But anew for another autoencoder, other clips, another shape of them."""
+    dataset = data.open_dataset("toy", "train", 4, 8, 10, 4000)
+
+    def encoded(model, n=4):
+        model.clips = 0
+        data.Latents(model, dataset, n, "train", "cpu")
+        return model.clips
+
+    model = Encoder()
+    assert encoded(model) == 4 and encoded(model) == 0
+    [path] = Path("out/latents").rglob("*.pt")
+    path.unlink()
+    assert encoded(model) == 4
+    with torch.no_grad():
+        model.trained += 1
+    assert encoded(model) == 0
+    assert encoded(model, 5) == 5
+    others = ({"frozen": 3.0}, {"seed": 1}, {"data": "toy:bounce"}, {"fps": 5}, {"rate": 2000})
+    for other in others:
+        assert encoded(Encoder(**other)) == 4, other
+    assert encoded(model) == 0  # the first ones are there
+
+
+def test_processes_share_the_encoding(monkeypatch):
+    """Each makes every other file, and waits until all are there."""
+    dataset = data.open_dataset("toy", "train", 4, 8, 10, 4000)
+    other = Encoder()
+
+    def waits():
+        monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+        data.Latents(other, dataset, 70, "train", "cpu", 1, 2)
+
+    monkeypatch.setattr(torch.distributed, "barrier", waits)
+    first = Encoder()
+    latents = data.Latents(first, dataset, 70, "train", "cpu", 0, 2)
+    assert (first.clips, other.clips) == (32 + 6, 32)
+    assert len(latents.files) == 3
 
 
 # ---- Collections of clips

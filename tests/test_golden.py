@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_data import write_safetensors
 
 import data
 import metrics
@@ -968,53 +969,6 @@ def test_pretrained_sizes():
         clip = codec.decode(z)
     assert z["z_v"].shape == (1, 4, 20, 32, 32) and z["z_a"].shape == (1, 8, 100, 16)
     assert clip["video"].shape == (1, 68, 3, 256, 256) and clip["audio"].shape == (1, 64_000)
-
-
-def write_safetensors(path, state):
-    """By the format's description: header length, header, tensors."""
-    kinds = {dtype: name for name, dtype in data.SAFE_TYPES.items()}
-    header = {"__metadata__": {"format": "pt"}}
-    payload = b""
-    for name, w in state.items():
-        raw = w.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        offsets = [len(payload), len(payload) + len(raw)]
-        payload += raw
-        header[name] = dict(dtype=kinds[w.dtype], shape=list(w.shape), data_offsets=offsets)
-    text = json.dumps(header).encode() + b" "
-    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
-
-
-def test_safetensors(tmp_path):
-    state = {}
-    for kind, dtype in data.SAFE_TYPES.items():
-        state[f"{kind}.some"] = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
-        state[f"{kind}.one"] = torch.tensor(1).to(dtype)  # of no dimensions
-        state[f"{kind}.none"] = torch.zeros(0, 3, dtype=dtype)
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, state)
-    read = data.read_weights(str(path))
-    assert list(read) == list(state)
-    for name, w in state.items():
-        assert read[name].dtype == w.dtype and torch.equal(read[name], w), name
-
-    whole = path.read_bytes()
-    damaged = (
-        b"",
-        whole[:100],
-        whole[:-1],
-        (2**60).to_bytes(8, "little") + whole[8:],
-        whole.replace(b'"F64"', b'"F65"'),
-        whole.replace(b"[0, 48]", b"[-8,40]"),
-        whole.replace(b"[2, 3]", b"[2, 4]"),
-    )
-    for content in damaged:
-        path.write_bytes(content)
-        with pytest.raises(data.UserError, match="not a readable"):
-            data.read_weights(str(path))
-    path.unlink()
-    for missing in (path, tmp_path / "x.pt"):
-        with pytest.raises(data.UserError, match="x.safetensors|There is no"):
-            data.read_weights(str(missing))
 
 
 def tiny_codec(cfg):
