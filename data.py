@@ -988,7 +988,10 @@ def read_weights(path):
 def config_beside(path):
     """What config.json says in the folder of a file of weights; empty where there is none."""
     config = Path(path).with_name("config.json")
-    return json.loads(config.read_text()) if config.exists() else {}
+    try:
+        return json.loads(config.read_text()) if config.exists() else {}
+    except ValueError:
+        raise UserError(f"{config} is damaged: it is no JSON.") from None
 
 
 def load_weights(model, state, path):

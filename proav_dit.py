@@ -49,7 +49,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -1358,8 +1357,7 @@ class ByteText(nn.Module):
 # same as uniform_dit.py
 def t5_width(folder):
     """Features of a word of the T5 in a folder; None if there is none."""
-    path = Path(folder) / "config.json"
-    return json.loads(path.read_text()).get("d_model") if path.is_file() else None
+    return data.config_beside(f"{folder}/config.json").get("d_model")
 
 
 # same as uniform_dit.py
@@ -1935,7 +1933,7 @@ def train_dit(cfg, train, val, device):
     if WORLD > 1:
         dist.barrier()  # the first process has saved it
     state = data.load_checkpoint(path)
-    if state["step"] < state["cfg"]["steps"]:
+    if state.get("step", 0) < state.get("cfg", {}).get("steps", 1):
         raise data.UserError(f"{path} is not trained to its end: run --stage mdsa first.")
     torch.manual_seed(cfg.seed + 1)
     model = ProAV(cfg)

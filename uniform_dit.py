@@ -25,20 +25,22 @@ B clips of F frames; L samples; M mel bands; T x h x w latents of C channels; S 
     python sample.py --model uniform_dit --prompt "a video of a red ball bouncing"
     python sample.py --model uniform_dit --video my.mp4           # V2A; --audio my.wav: A2V
 
-The logged losses of video and audio are the mean squared errors of the noise, in latents of unit
-variance: 1 for a network that says nothing, which is where --predict noise starts. toy starts at
-VALUES and ends at VALUES.
+The logged losses of video and audio are the mean squared errors of the noise, in latents of mean
+square 1: a network that says nothing starts at 1 each (--predict noise), or, as its velocity 0 says
+part of the noise, at 0.28 (toy, which ends at VALUES).
 
-Where the paper is silent: network and T5 are those of Open-Sora's XL/2, steps and guidance are its
-too. "Reshaped" is read so that time is kept: k steps of sound stand in their frame (5 of 100 beside
-20 frames; the numbers fit exactly). The known stream is clean; by the letter of eq. 1 and 2 it is
-noised with the same t (--cond_noise same_t). Schedule and learned variance are DDPM's, as in the
-code that the paper builds on. Tasks are drawn evenly. Latents are the means of the posteriors, and
-a dropped caption leaves no trace of its length: all of its words are the null embedding.
+Where the paper is silent: the network is Open-Sora 1.2's XL/2, with its T5 if --t5 names one (else
+words are learned here); steps and guidance are those of Open-Sora 1.0, which like the paper learns
+noise and variance. "Reshaped" keeps time: each of 20 frames gets its 5 of the 100 steps of sound,
+which fit exactly. What is given is clean; by the letter of eq. 1 and 2 it is noised with the same t
+(--cond_noise same_t). One task is drawn for a step, evenly, the same in all processes. Latents are
+the means of posteriors. A dropped caption leaves no trace of its length: all of its words are the
+null embedding. At t = 0 the variance is taught by a density, not by a likelihood of pixels.
 
-Differs on purpose: --codec small trains codecs here, for clips that Open-Sora's are too coarse for;
-toy and small have rotary positions in the spatial blocks, too (--rope), and a text encoder learned
-here, from captions that vary; toy predicts the velocity, by DDIM, and trains with Muon.
+Not as in the paper: weights start at random, not from PixArt's (--init_from reads Open-Sora's).
+Ours alone, for toy and small: codecs that are trained here (--codec small), as Open-Sora's is too
+coarse for such clips; rotary positions in the spatial blocks (--rope); captions that vary, for the
+text encoder learned here; in toy, the velocity (--predict), DDIM, and fewer dropped captions.
 """
 
 import argparse
@@ -46,7 +48,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -125,7 +126,7 @@ class Config:
     # the process (section 3.1.1)
     diffusion_steps: int = 1000  # T
     predict: str = "noise"  # what the network's output stands for: noise, or velocity (ours)
-    noise_levels: tuple = (1.2, 1.5)  # velocity: mean, deviation of log(sigma / alpha) in training
+    noise_levels: tuple = (0.7, 1.3)  # velocity: mean, deviation of log(sigma / alpha) in training
     learn_sigma: bool = True  # learn the variance, too (section 3.2.3), by the variational bound
     cond_noise: str = "clean"  # what is given: clean, or same_t, noised like the rest (eq. 1, 2)
     audio_weight: float = 1.0  # weight of the sound's loss beside the video's
@@ -186,7 +187,7 @@ PRESETS = {
         video_channels=4,
         audio_patch=(5, 8),
         audio_channels=4,
-        vae_steps=1200,
+        vae_steps=700,
         vae_batch_size=4,
         vae_lr=5e-3,
         vae_optimizer="muon",
@@ -201,11 +202,11 @@ PRESETS = {
         learn_sigma=False,
         sampler="ddim",
         sample_steps=20,
-        guidance=2.0,
+        guidance=1.5,
         cache_latents=4096,
         steps=4000,
         batch_size=4,
-        lr=4e-3,
+        lr=3e-3,
         lr_end=0.05,
         warmup=20,
         ema=0.995,
@@ -299,10 +300,11 @@ def check(cfg):
         raise data.UserError("--stage vae trains --codec small; a pretrained one needs none.")
     if cfg.init_from and cfg.stage == "all" and cfg.codec == "small":
         raise data.UserError("--init_from starts one stage: add --stage vae or --stage dit.")
-    if len(cfg.betas) != 2 or len(cfg.vae_betas) != 2:
-        raise data.UserError("--betas and --vae_betas need two numbers.")
-    if len(cfg.video_patch) != 3 or len(cfg.audio_patch) != 2:
-        raise data.UserError("--video_patch needs three numbers, --audio_patch two.")
+    for name in ("betas", "vae_betas", "noise_levels", "audio_patch"):
+        if len(getattr(cfg, name)) != 2:
+            raise data.UserError(f"--{name} needs two numbers.")
+    if len(cfg.video_patch) != 3:
+        raise data.UserError("--video_patch needs three numbers.")
 
     # Codec: whole patches.
     samples = cfg.frames * cfg.rate // cfg.fps
@@ -1547,8 +1549,7 @@ class ByteText(nn.Module):
 
 def t5_width(folder):
     """Features of a word of the T5 in a folder; None if there is none."""
-    path = Path(folder) / "config.json"
-    return json.loads(path.read_text()).get("d_model") if path.is_file() else None
+    return data.config_beside(f"{folder}/config.json").get("d_model")
 
 
 @functools.lru_cache
@@ -2201,11 +2202,14 @@ def load_small(codec, cfg, train):
     if WORLD > 1:
         dist.barrier()  # the first process has saved it
     state = data.load_checkpoint(path)
-    if state["step"] < state["cfg"]["steps"]:
+    if state.get("step", 0) < state.get("cfg", {}).get("steps", 1):
         raise data.UserError(f"{path} is not trained to its end: run --stage vae first.")
     for name in ("fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"):
         if state["cfg"][name] != getattr(cfg, name):
-            raise data.UserError(f"{path} was trained with --{name} {state['cfg'][name]}.")
+            raise data.UserError(
+                f"{path} was trained with --{name} {state['cfg'][name]}: keep to that, or train "
+                "another codec with another --out."
+            )
     data.load_weights(codec, state["ema"], path)
     codec.measure(some_clips(train, cfg, 256))
 
