@@ -1011,7 +1011,8 @@ def adversarial(critic, real, fake):
 def generators(keys, device):
     """A random generator for each clip, seeded by its own key (B,).
 
-    So noise is the same however the clips are dealt to processes; and nothing waits for a GPU.
+    So noise is the same however the clips are dealt to processes. Keys stay on the CPU: to read
+    them, nothing waits for a GPU.
     """
     return [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
 

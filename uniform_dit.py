@@ -26,21 +26,23 @@ B clips of F frames; L samples; M mel bands; T x h x w latents of C channels; S 
     python sample.py --model uniform_dit --video my.mp4           # V2A; --audio my.wav: A2V
 
 The logged losses of video and audio are the mean squared errors of the noise, in latents of mean
-square 1: a network that says nothing starts at 1 each (--predict noise), or, as its velocity 0 says
-part of the noise, at 0.28 each (toy, which ends at 0.055 and 0.051).
+square 1. In validation a network that says nothing starts at 1 each (--predict noise), or, as its
+velocity 0 says part of the noise, at 0.28 each (toy, which ends at 0.055 and 0.051).
 
 Where the paper is silent: the network is Open-Sora 1.2's XL/2, with its T5 if --t5 names one (else
 words are learned here); steps and guidance are those of Open-Sora 1.0, which like the paper learns
-noise and variance. "Reshaped" keeps time: each of 20 frames gets its 5 of the 100 steps of sound,
-which fit exactly. What is given is clean; by the letter of eq. 1 and 2 it is noised with the same t
-(--cond_noise same_t). One task is drawn for a step, evenly, the same in all processes. Latents are
-the means of posteriors. A dropped caption leaves no trace of its length: all of its words are the
-null embedding. At t = 0 the variance is taught by a density, not by a likelihood of pixels.
+noise and variance. "Reshaped" keeps time: each of the 20 frames of latents gets its 5 of the 100
+steps of sound, which fit exactly. What is given is clean; by the letter of eq. 1 and 2 it is noised
+with the same t (--cond_noise same_t). One task is drawn for a step, evenly, the same in all
+processes. Latents are the means of posteriors. A dropped caption leaves no trace of its length: all
+of its words are the null embedding. At t = 0 the variance is taught by a density, not by a
+likelihood of pixels.
 
 Not as in the paper: weights start at random, not from PixArt's (--init_from reads Open-Sora's).
 Ours alone, for toy and small: codecs that are trained here (--codec small), as Open-Sora's is too
 coarse for such clips; rotary positions in the spatial blocks (--rope); captions that vary, for the
-text encoder learned here; in toy, the velocity (--predict), DDIM, and fewer dropped captions.
+text encoder learned here; in toy, the velocity (--predict), a variance that is not learned, DDIM,
+and fewer dropped captions.
 """
 
 import argparse
@@ -447,7 +449,8 @@ def names_like(model, pattern):
 def generators(keys, device):
     """A random generator for each clip, seeded by its own key (B,).
 
-    So noise is the same however the clips are dealt to processes; and nothing waits for a GPU.
+    So noise is the same however the clips are dealt to processes. Keys stay on the CPU: to read
+    them, nothing waits for a GPU.
     """
     return [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
 
@@ -476,8 +479,8 @@ class ConvBlock(nn.Module):
         self.narrow = nn.Conv3d(4 * width, width, 1)
 
     def forward(self, x):
-        # Neither norm nor convolution looks ahead in time: a place is normed on its own, and the
-        # frames of the convolution are this one and the two before.
+        # Causal, as Open-Sora's VAE over time is: a place is normed on its own, and the frames of
+        # the convolution are this one and the two before.
         h = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6)
         h = self.space(h)
         h = h + self.time(F.pad(h, (0, 0, 0, 0, 2, 0)))
@@ -485,12 +488,13 @@ class ConvBlock(nn.Module):
 
 
 class SmallVAE(nn.Module):
-    """Clips (B, C, F, H, W) <-> codes of their patches (B, codes, T, H, W). A picture is one frame.
+    """Clips (B, C, F, H, W) <-> codes (B, codes, T, h, w) of their patches. A spectrogram is a clip
+    of one frame.
 
     Encoder and decoder: a linear map of each patch, plus what a few convolutions make of it and its
     neighbors, whose last layer starts at zero. The posterior of a code is normal, with the mean of
     encode() and one deviation for all: learned ones shrank to 0.01 with a small KL weight, and with
-    a large one some channels fell silent. With this one, decoding forgives a generator's errors.
+    a large one some channels fell silent. With a fixed one, decoding forgives a generator's errors.
     """
 
     noise = 0.15  # the deviation
@@ -547,7 +551,7 @@ class SmallVAE(nn.Module):
         self.scale.copy_((deviation / size).view_as(self.scale))
 
     def encode(self, x):
-        """Clips -> means of the codes."""
+        """Clips -> means of their codes (B, codes, T, h, w)."""
         return self.to_codes(x) + self.leave(self.encoder(self.enter(x)))
 
     def decode(self, codes):
@@ -561,7 +565,7 @@ class SmallVAE(nn.Module):
         return (self.encode(x) - self.mean) / self.scale
 
     def clips(self, z):
-        """The inverse: latents (B, codes, T, H, W) -> clips."""
+        """The inverse: latents (B, codes, T, h, w) -> clips."""
         return self.decode(z * self.scale + self.mean)
 
 
@@ -598,7 +602,7 @@ class SmallCodec(nn.Module):
             vae.start([x[name] for x in streams])
 
     def measure(self, batches):
-        """Have the latents of some clips of mean 0 and variance 1."""
+        """Give the latents of some clips mean 0 and, over all channels, mean square 1."""
         streams = [self.inputs(batch) for batch in batches]
         for name, vae in self.vaes.items():
             vae.measure([x[name] for x in streams])
@@ -652,9 +656,7 @@ def vae_loss(net, batch, t=None):
 
     An autoencoder knows no noise levels: the four quarters of its validation are equal.
     """
-    keys = batch["key"] if t is None else None
-    clips = {name: batch[name] for name in ("video", "audio")}  # tensors, for DDP
-    return net(clips, keys)
+    return net(batch, batch["key"] if t is None else None)
 
 
 @torch.no_grad()
@@ -694,7 +696,7 @@ def say(text):
 
 
 # ---- Codecs of the paper: Open-Sora's video VAE, AudioLDM's mel VAE and vocoder. Every part has
-# the name that it has in the released weights, whence the odd ones and those that count backwards.
+# the name that it has in the released weights: hence odd names, and levels that count backwards.
 
 conv2d = functools.partial(nn.Conv2d, padding="same")  # keeps the height and width
 
@@ -1185,9 +1187,8 @@ def latent_shapes(cfg):
     """Shapes of a clip's latents: video (C, T, h, w), sound (C_a, S, N)."""
     columns = cfg.frames * cfg.rate // cfg.fps // cfg.hop  # of the mel spectrogram
     if cfg.codec == "pretrained":
-        # Pieces of 17 frames, each of which has as many latents as it has fours begun.
-        pieces = [min(PIECE, cfg.frames - first) for first in range(0, cfg.frames, PIECE)]
-        times = sum(math.ceil(piece / 4) for piece in pieces)
+        # 5 latents for each 17 frames, and for those left over as many as they begin fours.
+        times = cfg.frames // PIECE * 5 + math.ceil(cfg.frames % PIECE / 4)
         return (4, times, cfg.size // 8, cfg.size // 8), (8, columns // 4, cfg.n_mels // 4)
     t, h, w = cfg.video_patch
     s, n = cfg.audio_patch
@@ -1214,7 +1215,7 @@ def to_columns(z_a, T, C):
 
 
 def from_columns(x, C_a):
-    """The inverse of to_columns()."""
+    """The inverse of to_columns(): (B, C, T, h, k) -> (B, C_a, S, N)."""
     x = x.transpose(1, 2)  # (B, T, C, h, k)
     x = x.flatten(2, 3).unflatten(2, (C_a, -1))  # (B, T, C_a, N, k)
     x = x.permute(0, 2, 1, 4, 3)  # (B, C_a, T, k, N)
@@ -1418,8 +1419,7 @@ class TextEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens (B, T, S, D) -> the numbers of their patches, (B, T, S, channels).
 
-    Where frames are masked, the released code modulates twice what the mask leaves out; nothing
-    here masks frames.
+    Without the released code's mask of frames, which nothing here needs.
     """
 
     def __init__(self, width, channels):
@@ -1464,7 +1464,7 @@ class STDiT3(nn.Module):
         self.register_buffer("space_turn", space_turn, persistent=False)
 
     def start(self):
-        """The first weights, as in Open-Sora; and the output begins at zero, as in DiT."""
+        """The first weights, much as in Open-Sora; and the output begins at zero, as in DiT."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -1575,7 +1575,8 @@ def t5(folder, part, device="cpu"):
 class Captioned(torch.utils.data.Dataset):
     """A data set whose clips also have `words`, their captions as spell() writes them.
 
-    varied: as data.vary() calls the clip, which follows from its number.
+    varied: each time by another of its names, or by none, as data.vary() draws from the number i,
+    which counts on from epoch to epoch.
     """
 
     def __init__(self, dataset, cfg, varied=False):
@@ -1615,14 +1616,14 @@ class UniForm(nn.Module):
         self.codec = codec(cfg).requires_grad_(False)
         self.text = nn.Identity() if cfg.t5 else ByteText(cfg)
         (C, T, h, w), (_, S, _) = latent_shapes(cfg)
-        self.shape = (C, T, h, S // T + w)  # of the film, but for the task's columns
-        self.sound = S // T  # columns of the sound, k
-        is_sound = torch.arange(S // T + w) < S // T
-        self.register_buffer("is_sound", is_sound, persistent=False)
-        self.task_shape = (C, T, h, task_columns(cfg))
-        self.task = nn.Embedding(len(TASKS), math.prod(self.task_shape))
-        film = (C, T, h, S // T + w + task_columns(cfg))
-        self.dit = STDiT3(cfg, film, 2 * C if cfg.learn_sigma else C)
+        k = S // T  # columns of the sound
+        self.sound = k
+        self.shape = (C, T, h, k + w)  # of the film, but for the task's columns
+        self.register_buffer("is_sound", torch.arange(k + w) < k, persistent=False)
+        n = task_columns(cfg)
+        self.task_shape = (C, T, h, n)
+        self.task = nn.Embedding(len(TASKS), C * T * h * n)
+        self.dit = STDiT3(cfg, (C, T, h, n + k + w), 2 * C if cfg.learn_sigma else C)
         self.edges = names_like(self, "codec|text|embed|table|final|task")
 
     def forward(self, x, t, task, words, mask):
@@ -1632,7 +1633,8 @@ class UniForm(nn.Module):
         """
         token = self.task.weight[TASKS.index(task)].view(self.task_shape)
         x = torch.cat([token.expand(len(x), *self.task_shape), x], -1)  # (B, C, T, h, 1 + k + w)
-        # The empty caption is no caption: all of its words are the null embedding.
+        # spell() gives the empty caption one word. It is no caption: all of its words are the null
+        # embedding.
         none = mask.sum(1, keepdim=True) == 1  # (B, 1)
         text = torch.where(none[..., None], self.dit.y_embedder.y_embedding, self.text(words))
         out = self.dit(x, t * (1000 / self.cfg.diffusion_steps), text, mask | none)
@@ -1649,11 +1651,11 @@ class UniForm(nn.Module):
         return film
 
     def audio(self, film):
-        """The sound's columns of a film."""
+        """The sound's columns of a film, (B, C, T, h, k)."""
         return film[..., : self.sound]
 
     def video(self, film):
-        """The video's columns of a film."""
+        """The video's columns of a film, (B, C, T, h, w)."""
         return film[..., self.sound :]
 
     def made(self, task):
@@ -1664,7 +1666,7 @@ class UniForm(nn.Module):
 
     @torch.no_grad()
     def encode(self, batch):
-        """A batch on the device -> the latents z_v and z_a of what it has, of unit variance."""
+        """A batch on the device -> the latents z_v and z_a of what it has."""
         # SDXL's VAE overflows in fp16, and what is encoded once may take its time.
         with torch.autocast(self.is_sound.device.type, enabled=False):
             return self.codec.encode(batch)
@@ -1704,8 +1706,8 @@ def across(values):
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(abar) x_0, (1 - abar) I), undone by a network that estimates the noise.
 
-    The paper prints abar for its root (section 3.1.1). model: for codec and shapes; what is called
-    in training is net, the same compiled, or as DDP wraps it.
+    The paper leaves out the roots (section 3.1.1). model: for codec and shapes; what is called in
+    training is net, the same compiled, or as DDP wraps it.
     """
 
     def __init__(self, model):
@@ -1721,7 +1723,10 @@ class Diffusion:
         self.table = posterior(self.abar).float().to(device)  # (T, 4)
 
     def draw(self, keys, device):
-        """Steps t (B,) and noise (B, C, T, h, k + w), each clip's from its own key."""
+        """Steps t (B,) and noise (B, C, T, h, k + w), each clip's from its own key.
+
+        In training no key comes twice: it is of a number that counts on over the epochs.
+        """
         draws = generators(keys, device)
         u = torch.stack([torch.rand((), generator=own, device=device) for own in draws])
         return self.draw_steps(u), normal(draws, self.model.shape)
@@ -1731,40 +1736,42 @@ class Diffusion:
         return (u * self.T).long()
 
     def noise_estimate(self, out, x, t):
-        """What the network's output (B, C, ...) says of the noise in x."""
+        """What the network's output (B, C, T, h, k + w) says of the noise in x."""
         return out
 
     def weight(self, t):
-        """Of the squared errors; 1 in the paper."""
+        """Of the squared errors at the steps t (B,); 1 in the paper."""
         return 1.0
 
     def estimate(self, net, x, t, *inputs):
-        """-> the noise in x; and where its variance lies, from 0, the posterior's, to 1, beta."""
+        """-> the noise in x; and where the variance of x_(t-1) lies, from 0, the posterior's, to 1,
+        beta, or None if it is not learned. Both (B, C, T, h, k + w)."""
         out = net(x, t, *inputs).float()
-        if not self.cfg.learn_sigma:
-            return self.noise_estimate(out, x, t), None
-        out, share = out.chunk(2, 1)
-        return self.noise_estimate(out, x, t), (share + 1) / 2
+        share = None
+        if self.cfg.learn_sigma:
+            out, share = out.chunk(2, 1)
+            share = (share + 1) / 2
+        return self.noise_estimate(out, x, t), share
 
     def loss(self, net, batch, level=None):
         """Eq. 1-3 -> loss; {"video", "audio"}, the mean squared errors of their noise.
 
-        batch: z_v, z_a of unit variance, words, key, step. Every step has one of the tasks. With
-        level (B,) in [0, 1), t / T to use instead of drawn steps, all three are asked. What is
-        reported of a stream is the mean over the two tasks that make it: so in the one step of
-        three that does not it counts as 0, and in the others 3/2 times.
+        batch: z_v, z_a, words, key, step. A training step has one task. With level (B,) in [0, 1),
+        t / T to use instead of drawn steps, which is validation, each of the three has its turn.
+        What is reported of a stream is its mean over the two tasks that make it: hence a training
+        step reports 3/2 of a stream that it makes, and 0 of one that it is given.
         """
-        tasks = TASKS
+        x0 = self.model.film(batch, len(batch["key"]))
+        t, eps = self.draw(batch["key"], x0.device)
         if level is None:
             number = data.clip_key(self.cfg.seed, f"task {batch['step']}")  # for all processes
             tasks = [TASKS[number % 3]]
-        x0 = self.model.film(batch, len(batch["key"]))
-        t, eps = self.draw(batch["key"], x0.device)
-        if level is not None:
+        else:
             t = (level * self.T).long()
+            tasks = TASKS
         words, mask = read(batch["words"], self.cfg)
 
-        share = 3 / 2 / len(tasks)  # two of three tasks make a stream
+        fair = 3 / 2 / len(tasks)  # two of three tasks make a stream
         total = 0
         parts = {"video": x0.new_zeros(()), "audio": x0.new_zeros(())}
         for task in tasks:
@@ -1772,10 +1779,10 @@ class Diffusion:
             # The masks of eq. 1-3: only what the task makes has a loss.
             if task in ("t2av", "a2v"):  # eq. 2, 3
                 total = total + self.model.video(error).mean()
-                parts["video"] += share * self.model.video(square).mean()
+                parts["video"] += fair * self.model.video(square).mean()
             if task in ("t2av", "v2a"):  # eq. 1, 3
                 total = total + self.cfg.audio_weight * self.model.audio(error).mean()
-                parts["audio"] += share * self.model.audio(square).mean()
+                parts["audio"] += fair * self.model.audio(square).mean()
         return total, parts
 
     def errors(self, net, x0, eps, t, task, words, mask):
@@ -1791,7 +1798,7 @@ class Diffusion:
         return error, square.detach()
 
     def loss_of_clips(self, net, batch, level=None):
-        """The same of a batch of clips, which are encoded on the way."""
+        """loss() of a batch of clips, which are encoded on the way."""
         return self.loss(net, {**batch, **self.model.encode(batch)}, level)
 
     def bound(self, x0, x_t, t, eps, share):
@@ -1815,8 +1822,9 @@ class Diffusion:
     def sample(self, noise, task, given, words, negative, guidance, steps):
         """Film (B, C, T, h, k + w) from noise(), which draws such normal noise.
 
-        task: one of TASKS; given: a film whose other columns are known. words (B, M, ...) and
-        those of the negative prompt lead by eps_n + w (eps_c - eps_n), all with weight w.
+        task: one of TASKS; given: a film (B, C, T, h, k + w), of which the columns that the task
+        does not make are known. words (B, M, ...), and those of a negative prompt (M, ...), lead by
+        eps_n + w (eps_c - eps_n), where w is guidance. steps: how often the network is called.
         """
         cfg = self.cfg
         copies = 1 if guidance == 1 else 2
@@ -1826,26 +1834,26 @@ class Diffusion:
         made = self.model.made(task)  # (k + w,)
         times = self.times(steps)
         abar = self.abar[times]
-        table = posterior(abar)
+        alpha = abar.sqrt().tolist()
+        sigma = (1 - abar).sqrt().tolist()
+        table = posterior(abar).tolist()
         x = noise()
+        clean = cfg.cond_noise == "clean"
         for i in reversed(range(steps)):
-            alpha = abar[i].item() ** 0.5
-            sigma = (1 - abar[i].item()) ** 0.5
-            known = given if cfg.cond_noise == "clean" else alpha * given + sigma * noise()
+            known = given if clean else alpha[i] * given + sigma[i] * noise()
             x = torch.where(made, x, known)
             t = torch.full((len(words),), times[i].item(), device=x.device)
             eps, share = self.estimate(self.model, x.repeat(copies, 1, 1, 1, 1), t, task, *text)
             if copies == 2:
                 eps_c, eps_n = eps.chunk(2)
                 eps = eps_n + guidance * (eps_c - eps_n)
-            x0 = (x - sigma * eps) / alpha
+            x0 = (x - sigma[i] * eps) / alpha[i]
             if i == 0:
                 x = x0
             elif cfg.sampler == "ddim":
-                before = abar[i - 1].item()
-                x = before**0.5 * x0 + (1 - before) ** 0.5 * eps
+                x = alpha[i - 1] * x0 + sigma[i - 1] * eps
             else:
-                x0_share, xi_share, log_low, log_high = table[i].tolist()
+                x0_share, xi_share, log_low, log_high = table[i]
                 log_variance = torch.tensor(log_low)
                 if share is not None:  # of the conditional half
                     log_variance = log_low + share[: len(x)] * (log_high - log_low)
@@ -1867,11 +1875,11 @@ class Velocity(Diffusion):
         return torch.searchsorted(self.sigma / self.alpha, ratio).clamp(max=self.T - 1)
 
     def weight(self, t):
-        """An error in v is alpha times smaller in eps."""
+        """Makes the squared error of eps that of v: an error e in v is alpha e in eps."""
         return 1 / across(self.alpha[t]).square()
 
     def times(self, steps):
-        """Those of the paper, but a stride noisier: from T / steps - 1, not 0, to T - 1."""
+        """Evenly from T / steps - 1, not 0, to T - 1: the last steps start from more noise."""
         return torch.tensor([(i + 1) * self.T // steps - 1 for i in range(steps)])
 
 
@@ -2197,7 +2205,7 @@ def train_vae(cfg, train, val, device):
 
 
 def load_small(codec, cfg, train):
-    """Fill the codec from OUT/vae/ckpt.pt, and have its latents of unit variance."""
+    """Fill the codec from OUT/vae/ckpt.pt, and measure how to scale its latents."""
     path = f"{cfg.out}/vae/ckpt.pt"
     if WORLD > 1:
         dist.barrier()  # the first process has saved it
@@ -2322,11 +2330,12 @@ def sample(
     if steps > cfg.diffusion_steps:
         raise data.UserError("--steps must not exceed --diffusion_steps.")
     guidance = cfg.guidance if guidance is None else guidance
-    if not isinstance(negative_prompt or "", str):
+    avoided = negative_prompt or ""
+    if not isinstance(avoided, str):
         raise data.UserError("--negative_prompt is one text for all clips.")
-    negative = torch.from_numpy(spell(negative_prompt or "", cfg)).to(device)
-    if captions == [negative_prompt or ""] * n:
-        guidance = 1  # away from what it goes to: nothing would change
+    negative = torch.from_numpy(spell(avoided, cfg)).to(device)
+    if captions == [avoided] * n:
+        guidance = 1  # with the same words on both sides it would change nothing
 
     words = torch.from_numpy(np.stack([spell(caption, cfg) for caption in captions]))
     keys = torch.tensor([data.clip_key(seed, f"sample {i}") for i in range(n)])
