@@ -1602,8 +1602,13 @@ class Captioned(torch.utils.data.Dataset):
 
 
 def as_clips(x):
-    """What a codec decodes -> video uint8 (B, F, H, W, 3), audio (B, L) in [-1, 1]."""
-    return data.to_uint8(x["video"]).cpu(), x["audio"].float().clamp(-1, 1).cpu()
+    """What a codec decodes -> the same as {"video": uint8 (B, F, H, W, 3), "audio": (B, L)}."""
+    clips = {}
+    if "video" in x:
+        clips["video"] = data.to_uint8(x["video"]).cpu()
+    if "audio" in x:
+        clips["audio"] = x["audio"].float().clamp(-1, 1).cpu()
+    return clips
 
 
 class UniForm(nn.Module):
@@ -1672,10 +1677,14 @@ class UniForm(nn.Module):
             return self.codec.encode(batch)
 
     @torch.no_grad()
-    def decode(self, film):
-        """Film -> video uint8 (B, F, H, W, 3), audio (B, L) in [-1, 1]."""
+    def decode(self, film, task):
+        """Film -> what the task makes of {"video": uint8 (B, F, H, W, 3), "audio": (B, L)}."""
         _, (C_a, _, _) = latent_shapes(self.cfg)
-        z = {"z_v": self.video(film), "z_a": from_columns(self.audio(film), C_a)}
+        z = {}
+        if task != "v2a":
+            z["z_v"] = self.video(film)
+        if task != "a2v":
+            z["z_a"] = from_columns(self.audio(film), C_a)
         with torch.autocast(film.device.type, enabled=False):
             return as_clips(self.codec.decode(z))
 
@@ -2199,7 +2208,8 @@ def train_vae(cfg, train, val, device):
     shown = data.to_device(shown, device)
 
     def rebuilt(ema):
-        return as_clips(ema.decode(ema.encode(shown)))
+        clips = as_clips(ema.decode(ema.encode(shown)))
+        return clips["video"], clips["audio"]
 
     fit(codec, vae_loss, cfg, train, val, rebuilt)
 
@@ -2342,8 +2352,7 @@ def sample(
     dtype = precision(cfg, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     process = build_process(model)
-    videos = []
-    audios = []
+    made = []
     for first in tqdm(range(0, n, batch_size), "sampling", disable=n <= batch_size, leave=False):
         part = slice(first, first + batch_size)
         known = data.to_device({name: x[part] for name, x in given.items()}, device)
@@ -2352,11 +2361,12 @@ def sample(
         with autocast:
             film = model.film(model.encode(known), len(said))
             film = process.sample(noise, task, film, said, negative, guidance, steps)
-            v, a = model.decode(film)
-        videos.append(v)
-        audios.append(a)
+            made.append(model.decode(film, task))
     # What was given comes back as it was.
-    return given.get("video", torch.cat(videos)), given.get("audio", torch.cat(audios))
+    clips = dict(given)
+    for name in made[0]:
+        clips[name] = torch.cat([x[name] for x in made])
+    return clips["video"], clips["audio"]
 
 
 def noise_of(keys, shape, device):

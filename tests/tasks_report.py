@@ -14,6 +14,8 @@ a video with another clip's sound: in the errors that of the clip before, as in 
 correlations that of a clip of the same scene. Scene: share of clips in which a classifier, trained
 on the same training clips, finds the scene that was wanted. Color: share of clips whose ball has
 the color that the caption of the clip names; without text, whether or not the model could know.
+Whole: share whose ball has one color and is never missing. In the row of mismatched clips the sound
+is mostly of another scene.
 
 A task that the model refuses is left out. Options that are not listed below go to the model.
 """
@@ -64,12 +66,13 @@ COLUMNS = {
     "scene, video": "{scene_video:.2f}",
     "scene, sound": "{scene_audio:.2f}",
     "color": "{color:.2f}",
+    "whole": "{whole:.2f}",
 }
 
 # Scores of one stream alone say nothing of a model that was given it.
 ALONE = {
     "": (),
-    "video": ("fvd_builtin", "scene, video", "color"),
+    "video": ("fvd_builtin", "scene, video", "color", "whole"),
     "audio": ("fad_builtin", "scene, sound"),
 }
 
@@ -104,23 +107,30 @@ def togetherness(video, audio, labels, rate):
     return out
 
 
-def color_right(video, clips, least):
-    """The share of clips whose ball has the color named, in most of the frames where it is seen.
+def count_balls(video, clips):
+    """Shares of clips {"color", "whole"}: whose ball has the color named, in most of the frames
+    where it is seen; whose ball has one color and is never missing.
 
     video (n, F, H, W, 3) uint8; clips: the n real ones, with caption and label. Counts those of one
-    ball and with a color in the caption; NaN if there are none. least: see toy_report.balls().
+    ball, for the color with one in the caption; NaN if there are none.
     """
-    seen, hue, _ = toy_report.balls(video, least)  # (n, F) each, hue: which of the COLORS
     names = list(data.COLORS)
     right = []
+    whole = []
     for i, clip in enumerate(clips):
-        color = data.first_color(clip["caption"])
-        if color is None or clip["label"] not in toy_report.LEAST:
+        if clip["label"] not in toy_report.LEAST:
             continue
-        hits = seen[i] & (hue[i] == names.index(color))  # (F,)
-        # A ball that is never seen is wrong.
-        right.append(bool(hits.sum() > seen[i].sum() / 2))
-    return float(np.mean(right)) if right else math.nan
+        least = toy_report.LEAST[clip["label"]] / 32**2
+        one = video[i : i + 1]  # (1, F, H, W, 3)
+        whole.append(toy_report.count_balls(one, least)["whole"])
+        color = data.first_color(clip["caption"])
+        if color is not None:
+            seen, hue, _ = toy_report.balls(one, least)  # (1, F) each
+            hits = seen & (hue == names.index(color))
+            # A ball that is never seen is wrong.
+            right.append(bool(hits.sum() > seen.sum() / 2))
+    shares = {"color": right, "whole": whole}
+    return {name: float(np.mean(x)) if x else math.nan for name, x in shares.items()}
 
 
 def observe(video, audio, clips, cfg):
@@ -130,7 +140,7 @@ def observe(video, audio, clips, cfg):
     return seen
 
 
-def judge(video, audio, clips, reference, cfg, least):
+def judge(video, audio, clips, reference, cfg):
     """All scores of n pairs, {name: number}, the names as in COLUMNS. clips: the n real ones they
     were made for. reference: observed clips of the training split."""
     seen = observe(video, audio, clips, cfg)
@@ -145,7 +155,7 @@ def judge(video, audio, clips, reference, cfg, least):
         # A data set of one scene has nothing to tell apart.
         if accuracy is not None:
             scores[f"scene_{kind}"] = accuracy[0]
-    scores["color"] = color_right(video, clips, least)
+    scores |= count_balls(video, clips)
     return scores | togetherness(video, audio, seen["label"], cfg.rate)
 
 
@@ -240,7 +250,6 @@ def main(argv=None):
     clips = list(data.Clips(args.data, "val", args.n, *shape))
     others = list(data.Clips(args.data, "train", args.n, *shape))
     reference = observe(*streams(others), others, cfg)
-    least = toy_report.least_area(args.data)
 
     print(f"| {len(clips)} clips of {args.data} | {' | '.join(COLUMNS)} |")
     print("|---" * (1 + len(COLUMNS)) + "|")
@@ -258,7 +267,7 @@ def main(argv=None):
             print(f"{words}: left out. {error}", file=sys.stderr)
             continue
         print(f"{words}: made in {time.time() - start:.0f} s", file=sys.stderr)
-        table[words] = judge(video, audio, clips, reference, cfg, least)
+        table[words] = judge(video, audio, clips, reference, cfg)
         # Each line as soon as it is known: the next one may take long.
         print(line(words, given, table[words]), flush=True)
     return table

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tasks_report
 import torch
-import toy_report
 
 import data
 
@@ -18,7 +17,6 @@ CFG = SimpleNamespace(frames=16, size=32, fps=10, rate=8000)
 N = 24
 FEW = 12  # where rows are made
 SCENES = "toy:bounce,glide,pulse"
-LEAST = toy_report.least_area(SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +56,9 @@ def run(*options):
 
 def test_colors_of_real_clips_are_right(clips):
     video, _ = tasks_report.streams(clips)
-    assert tasks_report.color_right(video, clips, LEAST) == 1
+    assert tasks_report.count_balls(video, clips)["color"] == 1
     painted = np.roll(video, 1, axis=-1)  # red, green, blue -> green, blue, red
-    assert tasks_report.color_right(painted, clips, LEAST) == 0
+    assert tasks_report.count_balls(painted, clips)["color"] == 0
 
 
 def test_color_goes_by_the_majority_of_frames_that_show_the_ball(clips):
@@ -69,24 +67,24 @@ def test_color_goes_by_the_majority_of_frames_that_show_the_ball(clips):
     painted = np.roll(video[0], 1, axis=-1)
     some = video.copy()
     some[0, :7] = painted[:7]  # 9 of 16 frames are as they were
-    assert tasks_report.color_right(some, clips, LEAST) == 1
+    assert tasks_report.count_balls(some, clips)["color"] == 1
     some[0, :8] = painted[:8]  # half is no majority
-    assert tasks_report.color_right(some, clips, LEAST) == pytest.approx(1 - 1 / N)
+    assert tasks_report.count_balls(some, clips)["color"] == pytest.approx(1 - 1 / N)
     some[0, :8] = gone[:8]  # frames without a ball have no say
-    assert tasks_report.color_right(some, clips, LEAST) == 1
+    assert tasks_report.count_balls(some, clips)["color"] == 1
     some[0] = gone  # never seen
-    assert tasks_report.color_right(some, clips, LEAST) == pytest.approx(1 - 1 / N)
+    assert tasks_report.count_balls(some, clips)["color"] == pytest.approx(1 - 1 / N)
 
 
 def test_only_captions_that_name_the_color_of_one_ball_count(clips):
     video, _ = tasks_report.streams(clips)
     silent = [{**clip, "caption": "a ball"} for clip in clips]
-    assert math.isnan(tasks_report.color_right(video, silent, LEAST))
+    assert math.isnan(tasks_report.count_balls(video, silent)["color"])
     blocks = [{**clip, "label": "collide"} for clip in clips]
-    assert math.isnan(tasks_report.color_right(video, blocks, LEAST))
+    assert math.isnan(tasks_report.count_balls(video, blocks)["color"])
     # One that counts, and its color is wrong.
     silent[3] = clips[3]
-    assert tasks_report.color_right(np.roll(video, 1, axis=-1), silent, LEAST) == 0
+    assert tasks_report.count_balls(np.roll(video, 1, axis=-1), silent)["color"] == 0
 
 
 def test_mismatching_lowers_correlations(clips):
@@ -112,15 +110,23 @@ def test_a_scene_that_is_missing_has_no_correlation(clips):
     assert "bounce" not in found
 
 
+def test_whole_balls_are_counted(clips):
+    video, _ = tasks_report.streams(clips)
+    assert tasks_report.count_balls(video, clips)["whole"] == 1
+    torn = video.copy()
+    torn[:, 5] = 0  # a frame without a ball
+    assert tasks_report.count_balls(torn, clips)["whole"] == 0
+
+
 def test_judge_tells_what_is_wrong(clips, reference):
     video, audio = tasks_report.streams(clips)
-    real = tasks_report.judge(video, audio, clips, reference, CFG, LEAST)
+    real = tasks_report.judge(video, audio, clips, reference, CFG)
     assert real["scene_audio"] == 1
     assert real["scene_video"] > 0.6
     assert real["sync"] < real["sync_other"]
     # The clip before is of another scene: its sound is wrong, the video is not.
     pairs = tasks_report.make(None, None, "mismatched", clips, None, 0)
-    wrong = tasks_report.judge(*pairs, clips, reference, CFG, LEAST)
+    wrong = tasks_report.judge(*pairs, clips, reference, CFG)
     assert wrong["scene_audio"] == 0
     assert wrong["scene_video"] == real["scene_video"]
     assert wrong["fvd_builtin"] == pytest.approx(real["fvd_builtin"])
@@ -149,7 +155,7 @@ def test_a_model_that_makes_real_clips_scores_like_them(monkeypatch, capsys):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in cells}) == 1
     given = [row.count("given") for row in cells]
-    assert given == [0, 0, 0, 3, 2, 0]
+    assert given == [0, 0, 0, 4, 2, 0]
 
 
 def test_a_row_for_each_weight_and_for_the_untrained(monkeypatch):
@@ -185,7 +191,7 @@ def test_rows_that_are_not_there(row):
 def test_undefined_scores_are_gaps():
     scores = dict.fromkeys(("fvd_builtin", "fad_builtin", "fd_joint_builtin"), 1.0)
     line = tasks_report.line("words", "", scores | {"sync": math.nan, "sync_other": 190.0})
-    assert line == "| words | 1.0 | 1.0 | 1.000 |  |  |  |  |  |  |"
+    assert line == "| words | 1.0 | 1.0 | 1.000 |  |  |  |  |  |  |  |"
 
 
 def test_names_of_rows_say_what_is_given():

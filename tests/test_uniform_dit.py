@@ -195,7 +195,12 @@ def test_decode_inverts_encode():
     z = model.encode(batch)
     assert set(z) == {"z_v", "z_a"}
     out = model.codec.decode(z)
-    video, audio = model.decode(model.film(z, 2))
+    clips = model.decode(model.film(z, 2), "t2av")
+    video, audio = clips["video"], clips["audio"]
+    for task, name in (("v2a", "audio"), ("a2v", "video")):
+        made = model.decode(model.film(z, 2), task)
+        assert list(made) == [name]
+        assert torch.equal(made[name], clips[name])
     assert video.shape == (2, 4, 8, 8, 3)
     assert video.dtype == torch.uint8
     assert audio.abs().max() <= 1
