@@ -659,6 +659,17 @@ def captions_for(n, prompt, label):
     return list(said)
 
 
+def windows(clips, n, window):
+    """One window for all n clips, or n of them -> (n, *window). Else raises UserError."""
+    clips = torch.as_tensor(clips)
+    if clips.shape not in (window, (1, *window), (n, *window)):
+        raise UserError(
+            f"Give one window of {' x '.join(map(str, window))} numbers, or {n} of them, "
+            f"not {' x '.join(map(str, clips.shape))}."
+        )
+    return clips.expand(n, *window)
+
+
 # ---- Clips in and out of media files
 
 

@@ -1334,7 +1334,7 @@ def read(words, cfg):
     if not cfg.t5:
         return words, words.any(-1)  # (B, M, LETTERS)
     mask = words > 0
-    # T5 overflows in fp16.
+    # T5 is known to overflow in fp16.
     with torch.autocast(words.device.type, enabled=False):
         return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state, mask
 
@@ -1980,17 +1980,11 @@ def condition(cfg, n, video, audio):
         return {}
     if cfg.streams != "av" or (video is not None and audio is not None):
         raise data.UserError("Give a video or a sound, not both, to a model of both streams.")
-    length = cfg.frames * cfg.rate // cfg.fps
-    try:
-        if video is not None:
-            shape = (n, cfg.frames, cfg.size, cfg.size, 3)
-            return {"video": torch.as_tensor(video).expand(shape)}
-        return {"audio": torch.as_tensor(audio).float().expand(n, length)}
-    except RuntimeError:  # of expand()
-        raise data.UserError(
-            f"Give one window, or {n} of them: {cfg.frames} frames of {cfg.size} pixels, or "
-            f"{length} samples."
-        ) from None
+    if video is not None:
+        window = (cfg.frames, cfg.size, cfg.size, 3)
+        return {"video": data.windows(video, n, window)}
+    window = (cfg.frames * cfg.rate // cfg.fps,)
+    return {"audio": data.windows(torch.as_tensor(audio).float(), n, window)}
 
 
 @torch.no_grad()

@@ -39,10 +39,10 @@ of its words are the null embedding. At t = 0 the variance is taught by a densit
 likelihood of pixels.
 
 Not as in the paper: weights start at random, not from PixArt's (--init_from reads Open-Sora's).
-Ours alone, for toy and small: codecs that are trained here (--codec small), as Open-Sora's is too
-coarse for such clips; rotary positions in the spatial blocks (--rope); captions that vary, for the
-text encoder learned here; in toy, the velocity (--predict), a variance that is not learned, DDIM,
-and fewer dropped captions.
+Ours alone, for toy and small: codecs that are trained here (--codec small), as Open-Sora's would
+leave 4 x 4 places of a toy frame; rotary positions in the spatial blocks (--rope); captions that
+vary, for the text encoder learned here; in toy, the velocity (--predict), a variance that is not
+learned, DDIM, and fewer dropped captions.
 """
 
 import argparse
@@ -414,8 +414,7 @@ class Mel(nn.Module):
 
 
 # ---- Small codecs, trained here in minutes (ours). Each starts as the best linear code of patches
-# and learns what that misses: trained from random weights for minutes instead, small autoencoders
-# ended below a constant color.
+# and learns what that misses.
 
 
 def psnr(x, y):
@@ -532,15 +531,15 @@ class SmallVAE(nn.Module):
     def rows(self, x):
         """Clips -> their patches as rows (N, P), in the order of a convolution's weights."""
         for axis, size in enumerate(self.patch, 2):
-            x = x.unfold(axis, size, size)  # in the end (B, C, T, H, W, p, q, r)
-        return x.movedim(1, 4).flatten(0, 3).flatten(1)
+            x = x.unfold(axis, size, size)  # in the end (B, C, T, h, w, p, q, r)
+        return x.movedim(1, 4).flatten(0, 3).flatten(1)  # from (B, T, h, w, C, p, q, r)
 
     @torch.no_grad()
     def measure(self, clips):
         """Set mean and scale, so that the latents of some clips have mean 0 and mean square 1.
 
         The more a channel is worth in pixels, the larger it gets: so noise hides what matters least
-        first, as it does in pixels. (With channels of one size, balls broke into blocks.)
+        first, as it does in pixels.
         """
         codes = torch.cat([self.encode(x) for x in clips])
         deviation, mean = torch.std_mean(codes, (0, 2, 3, 4))
@@ -629,7 +628,7 @@ class SmallCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, batch):
-        """-> the latents {"z_v": (B, C, T, H, W), "z_a": (B, C, S, N)} of what the batch has."""
+        """-> the latents {"z_v": (B, C, T, h, w), "z_a": (B, C_a, S, N)} of what it has."""
         x = self.inputs(batch)
         z = {}
         if "video" in x:
@@ -1459,7 +1458,8 @@ class STDiT3(nn.Module):
             "places", place_embedding(rows, columns, cfg.size, D), persistent=False
         )
         self.register_buffer("time_turn", line(T, D // cfg.heads), persistent=False)
-        # Ours: the paper has no rotary positions here. At toy size they are the largest gain.
+        # Ours: the paper has no rotary positions here. For proav_dit.py's tokens they were the
+        # largest gain at toy size; here they have not been left out to see.
         space_turn = grid((rows, columns), D // cfg.heads) if cfg.rope else None
         self.register_buffer("space_turn", space_turn, persistent=False)
 
@@ -1527,7 +1527,7 @@ def read(words, cfg):
     if not cfg.t5:
         return words, words.any(-1)  # (B, M, LETTERS)
     mask = words > 0
-    # T5 overflows in fp16.
+    # T5 is known to overflow in fp16.
     with torch.autocast(words.device.type, enabled=False):
         return t5(cfg.t5, "encoder", words.device)(words, mask).last_hidden_state, mask
 
@@ -1672,7 +1672,7 @@ class UniForm(nn.Module):
     @torch.no_grad()
     def encode(self, batch):
         """A batch on the device -> the latents z_v and z_a of what it has."""
-        # SDXL's VAE overflows in fp16, and what is encoded once may take its time.
+        # SDXL's VAE is known to overflow in fp16, and what is encoded once may take its time.
         with torch.autocast(self.is_sound.device.type, enabled=False):
             return self.codec.encode(batch)
 
@@ -2290,22 +2290,11 @@ def condition(cfg, n, video, audio):
         raise data.UserError("Give a video or a sound, not both: the other is what is made.")
     if video is not None:
         window = (cfg.frames, cfg.size, cfg.size, 3)
-        return "v2a", {"video": windows(video, n, window)}
+        return "v2a", {"video": data.windows(video, n, window)}
     if audio is not None:
         window = (cfg.frames * cfg.rate // cfg.fps,)
-        return "a2v", {"audio": windows(torch.as_tensor(audio).float(), n, window)}
+        return "a2v", {"audio": data.windows(torch.as_tensor(audio).float(), n, window)}
     return "t2av", {}
-
-
-def windows(clips, n, window):
-    """One window for all n clips, or n of them -> (n, *window)."""
-    clips = torch.as_tensor(clips)
-    if clips.shape not in (window, (1, *window), (n, *window)):
-        raise data.UserError(
-            f"Give one window of {' x '.join(map(str, window))} numbers, or {n} of them, "
-            f"not {' x '.join(map(str, clips.shape))}."
-        )
-    return clips.expand(n, *window)
 
 
 @torch.no_grad()

@@ -794,8 +794,11 @@ def test_a_given_stream_comes_back_and_shapes_the_other(model):
     assert video.shape == (1, 4, 8, 8, 3)
     with pytest.raises(data.UserError, match="not both"):
         pa.sample(model, 1, video=clip["video"][0], audio=clip["audio"][0])
-    with pytest.raises(data.UserError, match="one window, or 3 of them: 4 frames of 8 pixels"):
-        pa.sample(model, 3, video=clip["video"])
+    for frames in (clip["video"], clip["video"][:1, :1], clip["video"][..., :1]):
+        with pytest.raises(data.UserError, match="window of 4 x 8 x 8 x 3 numbers, or 3 of them"):
+            pa.sample(model, 3, video=frames)  # two windows; one frame; gray
+    with pytest.raises(data.UserError, match="one window of"):
+        pa.sample(model, 1, audio=clip["audio"][0][:1])
 
 
 def test_sampling_uses_the_precision_of_training(model):
