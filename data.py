@@ -889,10 +889,10 @@ def film_strip(path, video, audio, fps, rate):
 # Options that may change when a run goes on. Any other would make it another run.
 MAY_CHANGE = set(
     """
-    preset out stage steps device amp compile checkpoint workers grad_accum init_from
+    preset out stage steps device amp compile checkpoint workers grad_accum init_from init_video
     log_every eval_every val_clips samples sampler sample_steps guidance method seconds
     sr_ckpt sr_sample_steps sr_steps sr_grad_accum griffin_lim need_good mdsa_steps
-    vae_steps video_vae audio_vae vocoder t5
+    vae_steps video_steps joint_steps video_vae audio_vae vocoder t5
 """.split()
 )
 

@@ -1386,7 +1386,8 @@ def t5(folder, part, device="cpu"):
 class Captioned(torch.utils.data.Dataset):
     """A data set whose clips also have `words`, their captions as spell() writes them.
 
-    varied: as data.vary() calls the clip, which follows from its number.
+    varied: each time by another of its names, or by none, as data.vary() draws from the number i,
+    which counts on from epoch to epoch.
     """
 
     def __init__(self, dataset, cfg, varied=False):

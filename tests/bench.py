@@ -77,6 +77,14 @@ def uniform_dit(module, cfg, device):
     return of_latents(module, model, module.build_process(model))
 
 
+def syncflow(module, cfg, device):
+    """The same of both towers, as stage joint trains them, or those that --stage names."""
+    stage = "joint" if cfg.stage in ("all", "vae") else cfg.stage
+    model = module.SyncFlow(cfg).to(device)
+    model.train_only(stage)
+    return of_latents(module, model, module.Flow(model, stage))
+
+
 def of_latents(module, model, process):
     """A generator of latents; with --cache_latents 0 every step encodes its clips anew."""
     cfg = model.cfg
@@ -96,7 +104,12 @@ def of_latents(module, model, process):
     return model, loss, module.Captioned(clips, cfg), sample
 
 
-BUILD = {"mm_diffusion": mm_diffusion, "uniform_dit": uniform_dit, "proav_dit": proav_dit}
+BUILD = {
+    "mm_diffusion": mm_diffusion,
+    "uniform_dit": uniform_dit,
+    "syncflow": syncflow,
+    "proav_dit": proav_dit,
+}
 
 
 def seconds(f, repeat, device, clock=time.perf_counter):

@@ -2,6 +2,7 @@
 
     python tests/tasks_report.py --model uniform_dit --ckpt F --data toy:bounce,glide,pulse
     python tests/tasks_report.py --model uniform_dit --ckpt F --rows t2av --guidance 1,2,3,4
+    python tests/tasks_report.py --model syncflow --ckpt out/on/ckpt.pt,out/off/ckpt.pt --size 48
 
 Takes n validation clips, makes samples for their captions (T2AV), videos (V2A) or sounds (A2V), and
 prints a line of a Markdown table for each task. Below them: the same scores of real clips, which a
@@ -17,13 +18,17 @@ the color that the caption of the clip names; without text, whether or not the m
 Whole: share whose ball has one color and is never missing. In the row of mismatched clips the sound
 is mostly of another scene.
 
-A task that the model refuses is left out. Options that are not listed below go to the model.
+Several checkpoints, with commas between them, get a line each for a task, which ends in the folder
+of the checkpoint; they see the same clips, and with noise of one shape the same noise. A task that
+the model refuses is left out. Options that are not listed below go to the model: with --size the
+clips of all rows have that size.
 """
 
 import argparse
 import functools
 import importlib
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -50,6 +55,7 @@ ROWS = {
     "real": ("other real clips", "", False),
 }
 USUAL = [row for row in ROWS if row != "untrained"]  # which needs a checkpoint of its own
+FLOORS = ("mismatched", "real")  # which need none
 
 # heading: how its cell is written, from the scores of judge()
 COLUMNS = {
@@ -74,6 +80,12 @@ ALONE = {
     "": (),
     "video": ("fvd_builtin", "scene, video", "color", "whole"),
     "audio": ("fad_builtin", "scene, sound"),
+}
+
+# What metrics.observe() says of a stream.
+FEATURES = {
+    "video": ("video", "motion", "peaks", "flashes"),
+    "audio": ("audio", "onsets", "rise"),
 }
 
 # What is seen and heard together, and the scene that ties it together.
@@ -133,17 +145,29 @@ def count_balls(video, clips):
     return {name: float(np.mean(x)) if x else math.nan for name, x in shares.items()}
 
 
-def observe(video, audio, clips, cfg):
-    """The features of metrics.py of n clips, with the labels of as many real ones."""
-    seen = toy_report.observe(video, audio, None, cfg)
-    seen["label"] = [clip["label"] for clip in clips]
+def observe(video, audio, clips, cfg, truth=None):
+    """The features of metrics.py of n clips, with the labels of as many real ones.
+
+    truth: what this has returned for the real ones. A stream that is theirs, as one that a model
+    was given, is not looked at again.
+    """
+    extract = {"video": metrics.video_features, "audio": metrics.audio_features}
+    real = dict(zip(extract, streams(clips), strict=True))
+    seen = {"label": [clip["label"] for clip in clips]}
+    for kind, stream in (("video", video), ("audio", audio)):
+        stream = np.asarray(stream)
+        if truth and np.array_equal(stream, real[kind]):
+            seen |= {name: truth[name] for name in FEATURES[kind]}
+            continue
+        alone = [{kind: x} for x in stream]
+        seen |= metrics.observe(alone, {kind: extract[kind]}, cfg.fps, cfg.rate)
     return seen
 
 
-def judge(video, audio, clips, reference, cfg):
+def judge(video, audio, clips, reference, cfg, truth=None):
     """All scores of n pairs, {name: number}, the names as in COLUMNS. clips: the n real ones they
-    were made for. reference: observed clips of the training split."""
-    seen = observe(video, audio, clips, cfg)
+    were made for. reference: observed clips of the training split; truth: see observe()."""
+    seen = observe(video, audio, clips, cfg, truth)
     # Of a row of compare() the second value is that of the pairs mismatched.
     tags = {"video": "builtin", "audio": "builtin"}
     table = metrics.compare(reference, seen, tags, cfg.fps)
@@ -216,7 +240,7 @@ def options(argv=None):
     )
     add = parser.add_argument
     add("--model", default="uniform_dit", help="model file [%(default)s]")
-    add("--ckpt", help="its checkpoint [the newest in out/MODEL]")
+    add("--ckpt", help="its checkpoint, or some: F,G [the newest in out/MODEL]")
     add("--untrained", help="checkpoint of an untrained network: adds its row")
     add("--data", default="toy:bounce,glide,pulse", help="the real clips [%(default)s]")
     add("--n", type=int, default=256, help="clips in a row, at least 4 [%(default)s]")
@@ -227,47 +251,75 @@ def options(argv=None):
     return parser.parse_known_args(argv)
 
 
-def plan(args):
-    """The rows to print -> list of (name in ROWS, weight of guidance or None, the model's own)."""
-    jobs = [("untrained", None)] if args.untrained else []
+def plan(args, names):
+    """The rows to print -> list of (name in ROWS, checkpoint, weight of guidance or None, the
+    model's own). names: of the checkpoints."""
+    jobs = [("untrained", args.untrained, None)] if args.untrained else []
     for row in args.rows.split(","):
         if row not in USUAL:
             raise data.UserError(f"--rows takes some of {','.join(USUAL)}, not {row}.")
         weights = args.guidance if row == "t2av" else (None,)
-        for weight in weights:
-            jobs.append((row, weight))
+        some = names[:1] if row in FLOORS else names
+        jobs += [(row, name, weight) for name in some for weight in weights]
     return jobs
+
+
+def load(module, names, rest):
+    """Checkpoints -> {name: model}. Raises data.UserError if their clips differ in shape."""
+    models = {name: module.load(name, options=rest) for name in names}
+    shapes = {(m.cfg.frames, m.cfg.size, m.cfg.fps, m.cfg.rate) for m in models.values()}
+    if len(shapes) > 1:
+        raise data.UserError(
+            "The checkpoints differ in frames, size, fps or rate: judge them one by one."
+        )
+    return models
+
+
+def labels_of(names):
+    """Checkpoints -> {name: its folder, less what all have in common, or "" for a lone one}."""
+    if len(names) == 1:
+        return {names[0]: ""}
+    paths = [Path(name).absolute() for name in names]
+    common = os.path.commonpath([path.parent.parent for path in paths])
+    labels = [f", {path.relative_to(common)}".removesuffix("/ckpt.pt") for path in paths]
+    return dict(zip(names, labels, strict=True))
 
 
 def main(argv=None):
     args, rest = options(argv)
-    jobs = plan(args)
+    names = args.ckpt.split(",") if args.ckpt else [toy_report.newest(args.model)]
+    names = list(dict.fromkeys(names))
+    jobs = plan(args, names)
     module = importlib.import_module(args.model)
-    model = module.load(args.ckpt or toy_report.newest(args.model), options=rest)
-    cfg = model.cfg
+    # All of them first: what cannot be loaded is known before anything is made.
+    models = load(module, dict.fromkeys(name for _, name, _ in jobs), rest)
+    labels = labels_of(names) | {args.untrained: ""}
+    cfg = models[jobs[0][1]].cfg
     shape = (cfg.frames, cfg.size, cfg.fps, cfg.rate)
     # The scenes of a data set come in turn: n clips are equal parts of them.
     clips = list(data.Clips(args.data, "val", args.n, *shape))
     others = list(data.Clips(args.data, "train", args.n, *shape))
     reference = observe(*streams(others), others, cfg)
+    truth = observe(*streams(clips), clips, cfg)
 
     print(f"| {len(clips)} clips of {args.data} | {' | '.join(COLUMNS)} |")
     print("|---" * (1 + len(COLUMNS)) + "|")
     table = {}
-    for row, weight in jobs:
+    for row, name, weight in jobs:
         words, given, _ = ROWS[row]
+        if row not in FLOORS:
+            words += labels[name]
         if weight is not None:
             words += f", guidance {weight:g}"
-        network = module.load(args.untrained, options=rest) if row == "untrained" else model
         start = time.time()
         # A model without words has the other rows all the same.
         try:
-            video, audio = make(module, network, row, clips, weight, args.seed)
+            video, audio = make(module, models[name], row, clips, weight, args.seed)
         except data.UserError as error:
             print(f"{words}: left out. {error}", file=sys.stderr)
             continue
         print(f"{words}: made in {time.time() - start:.0f} s", file=sys.stderr)
-        table[words] = judge(video, audio, clips, reference, cfg)
+        table[words] = judge(video, audio, clips, reference, cfg, truth)
         # Each line as soon as it is known: the next one may take long.
         print(line(words, given, table[words]), flush=True)
     return table

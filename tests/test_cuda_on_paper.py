@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 import data
 import mm_diffusion as mm
 import proav_dit as pa
+import syncflow as sf
 import uniform_dit as ud
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,13 @@ TINY_UD = f"""
     --vae_blocks 1 --vae_batch_size 2 --width 16 --depth 1 --heads 2 --text_width 16 --text_tokens 4
     --cache_latents 4 --batch_size 2 --griffin_lim 2 --need_good false --sample_steps 2
 """
+TINY_SF = f"""
+    {SHORT} --frames 4 --size 8 --video_patch 2,2,2 --video_channels 4 --rate 4000 --n_mels 16
+    --hop 50 --window 128 --n_fft 128 --audio_patch 4,16 --audio_channels 6 --vae_width 8
+    --vae_blocks 1 --vae_batch_size 2 --width 16 --depth 1 --heads 2 --text_width 16 --text_tokens 4
+    --cache_latents 4 --video_batch_size 2 --batch_size 2 --joint_batch_size 2 --griffin_lim 2
+    --need_good false --sample_steps 2
+"""
 # As in the paper; the toy preset has velocity, no learned variance, ddim.
 UD_PAPER = "--predict noise --learn_sigma true --sampler ddpm --optimizer adamw"
 
@@ -58,6 +66,7 @@ class Case:
     checkpoint: str = "run/ckpt.pt"
     samples: bool = True  # sample() takes what it trains
     prepare: object = None  # a function that makes what the command starts from
+    parts: str = ""  # a function that waits once for each part of a batch, as the file says
     silent: tuple = ("loss", "forward")  # functions in and below which nothing may wait
 
     def __post_init__(self):
@@ -81,11 +90,47 @@ def save_mdsa():
 def save_vae():
     """The codec that stage dit of uniform_dit.py starts from."""
     cfg = ud.parse(TINY_UD.split())
-    cfg = dataclasses.replace(cfg, out="run/vae", steps=1)
-    codec = ud.SmallCodec(cfg)
-    for p in codec.parameters():
-        torch.nn.init.zeros_(p)  # as the host reads them from cuda, on paper
-    data.save_checkpoint("run/vae/ckpt.pt", 1, cfg, {"ema": codec})
+    save_zeros("vae", cfg, ud.SmallCodec(cfg))
+
+
+def save_zeros(stage, cfg, model):
+    """A finished stage; its weights as the host reads them from cuda, on paper."""
+    cfg = dataclasses.replace(cfg, out=f"run/{stage}", steps=1)
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    data.save_checkpoint(f"run/{stage}/ckpt.pt", 1, cfg, {"ema": model})
+
+
+def save_sf_vae():
+    """The codec that stage video of syncflow.py starts from."""
+    cfg = sf.parse(TINY_SF.split())
+    save_zeros("vae", cfg, sf.SmallCodec(cfg))
+
+
+def save_sf_video():
+    """What its stage audio starts from."""
+    cfg = sf.parse(TINY_SF.split())
+    save_zeros("video", cfg, sf.SyncFlow(cfg))
+
+
+def save_sf_audio():
+    """What its stage joint starts from."""
+    cfg = sf.parse(TINY_SF.split())
+    save_zeros("audio", cfg, sf.SyncFlow(cfg))
+
+
+def sf_case(stage, steps, prepare=None):
+    """A stage of syncflow.py. Its optimal transport is solved on the CPU."""
+    folder = "run" if stage == "joint" else f"run/{stage}"
+    return Case(
+        sf,
+        f"{TINY_SF} --stage {stage}",
+        steps,
+        f"{folder}/ckpt.pt",
+        samples=stage != "vae",
+        prepare=prepare,
+        parts="" if stage == "vae" else "optimal_order",
+    )
 
 
 # A model file is a line or two here.
@@ -99,6 +144,10 @@ CASES = {
     "ud-vae": Case(ud, f"{TINY_UD} --stage vae", "--vae_steps", "run/vae/ckpt.pt", samples=False),
     "ud-dit": Case(ud, f"{TINY_UD} --stage dit", prepare=save_vae),
     "ud-dit-paper": Case(ud, f"{TINY_UD} {UD_PAPER} --stage dit", prepare=save_vae),
+    "sf-vae": sf_case("vae", "--vae_steps"),
+    "sf-video": sf_case("video", "--video_steps", save_sf_vae),
+    "sf-audio": sf_case("audio", "--steps", save_sf_video),
+    "sf-joint": sf_case("joint", "--joint_steps", save_sf_audio),
 }
 
 
@@ -123,14 +172,22 @@ def waits_in_steps(seen, case):
     return found
 
 
-def check(seen, case, steps):
-    """It ran on cuda, and waited once in every step: for the figures that fit reads."""
+def check(seen, case, steps, parts=1):
+    """It ran on cuda, and waited once in every step: for the figures that fit reads; and, where
+    the case says so, once in each of the parts of a batch, in one function."""
     assert seen.count > 500
-    assert not seen.waits_below(*case.silent), seen.report()
-    found = waits_in_steps(seen, case)
-    for wait in found:
-        assert wait.what == "to the CPU" and wait.stack[0][2] == "fit", seen.report()
-    assert sum(found.values()) == steps, seen.report()
+    waits = {"fit": 0, case.parts: 0}
+    for wait, n in waits_in_steps(seen, case).items():
+        function = wait.stack[0][2]
+        assert wait.what == "to the CPU" and function in waits, seen.report()
+        waits[function] += n
+    assert waits["fit"] == steps, seen.report()
+    assert waits[case.parts] == (steps * parts if case.parts else 0), seen.report()
+    # In a loss, which validation calls as well, nothing else waits.
+    for wait, n in seen.waits_below(*case.silent).items():
+        assert wait.stack[0][2] == case.parts, seen.report()
+        waits[case.parts] -= n
+    assert waits[case.parts] == 0, seen.report()
 
 
 # ---- The model files
@@ -149,7 +206,8 @@ COMMANDS = [
 def test_training_and_resuming(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for steps, options in enumerate(COMMANDS, 1):
-        check(train(case, steps, *options.split()), case, 1)  # one step: it goes on
+        parts = 2 if "grad_accum 2" in options else 1
+        check(train(case, steps, *options.split()), case, 1, parts)  # one step: it goes on
         pictures = Path(case.checkpoint).parent.glob(f"samples/step{steps:06d}*")
         assert list(pictures)
     if not case.samples:
@@ -270,6 +328,74 @@ def test_ud_given_a_part(options, mode):
         assert audio.device.type == video.device.type == "cpu"
     assert seen.count > 500
     assert not seen.waits_below("forward"), seen.report()
+
+
+def without_transport(case):
+    """Its command with --ot false, which must not wait for it."""
+    return dataclasses.replace(case, options=f"{case.options} --ot false", parts="")
+
+
+@pytest.mark.parametrize("stage", ["video", "audio", "joint"])
+def test_sf_without_transport(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = without_transport(CASES[f"sf-{stage}"])
+    more = "--noise_levels separate --checkpoint true --amp bf16".split()
+    check(train(case, 1, *more), case, 1)
+
+
+# As in the paper; the toy preset has others. Cached latents, or none.
+SF_OPTIONS = [
+    "--noise_levels separate --checkpoint true --cache_latents 0",
+    "--rope false --prenorm false --levels () --optimizer adamw",
+    "--kv pool --audio_from both --adaptor false",
+    "--audio_from text",
+]
+
+
+@pytest.mark.parametrize("options", SF_OPTIONS)
+def test_sf_variants(options, tmp_path, monkeypatch):
+    """Stage joint after a stage audio with the same options; samples, and sound for a video."""
+    monkeypatch.chdir(tmp_path)
+    words = [*options.split(), "--amp", "bf16"]
+    cfg = sf.parse([*TINY_SF.split(), *words])
+    save_zeros("audio", cfg, sf.SyncFlow(cfg))
+    case = CASES["sf-joint"]
+    check(train(case, 1, *words), case, 1)
+    clip = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    with cuda_on_paper(ROOT) as seen:
+        model = sf.load("run/ckpt.pt", "cuda")
+        _, audio = sf.sample(model, 2, prompt="a red ball", video=clip)
+        video, _ = sf.sample(model, 1, prompt="rain", negative_prompt="a red ball")
+        assert audio.device.type == video.device.type == "cpu"
+    assert seen.count > 500
+    assert not seen.waits_below("forward", "velocity"), seen.report()
+
+
+def test_sf_waves(tmp_path, monkeypatch):
+    """The paper's sound VAE: EnCodec's layers, an LSTM among them, and spectra in the loss."""
+    monkeypatch.chdir(tmp_path)
+    waves = "--codec original --audio_strides 5,4,5 --audio_filters 4 --amp bf16".split()
+    check(train(CASES["sf-vae"], 1, *waves), CASES["sf-vae"], 1)
+
+
+def test_sf_transport_must_be_the_one_wait(tmp_path, monkeypatch):
+    """The check sees a second one, wherever it is."""
+    right = sf.squared_distances
+
+    def looked_at(noise, z):
+        cost = right(noise, z)
+        assert cost.sum().item() < 100
+        return cost
+
+    monkeypatch.chdir(tmp_path)
+    case = CASES["sf-audio"]
+    seen = train(case, 1)
+    check(seen, case, 1)
+    with pytest.raises(AssertionError):
+        check(seen, without_transport(case), 1)
+    monkeypatch.setattr(sf, "squared_distances", looked_at)
+    with pytest.raises(AssertionError):
+        check(train(case, 2), case, 1)
 
 
 # ---- Copies to the device

@@ -21,6 +21,7 @@ import data
 import metrics
 import mm_diffusion as mm
 import proav_dit as pa
+import syncflow as sf
 import uniform_dit as ud
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -678,7 +679,7 @@ def test_proav_paper_sizes():
     assert pa.count(model.mdsa) == 141_131_768
 
 
-# ---- uniform_dit.py
+# ---- uniform_dit.py; syncflow.py has its blocks and, as its video tower, the whole network
 
 
 @files("stdit3_block")
@@ -709,7 +710,14 @@ def test_stdit3_block(path):
                 close(block(x, i["y_padded"], t, words, turn=turn).flatten(1, 2), want[name])
 
 
-def stdit3_of(d, case):
+class VideoTower(sf.VideoTower):
+    """Without the features for the sound."""
+
+    def forward(self, *args):
+        return super().forward(*args)[0]
+
+
+def stdit3_of(d, case, kind):
     """The STDiT3 of a golden file, for the films of one of its cases."""
     c = d["config"]
     cfg = ud.Config(
@@ -722,7 +730,7 @@ def stdit3_of(d, case):
         text_tokens=c["model_max_length"],
     )
     film = case["x"].shape[1:]
-    net = ud.STDiT3(cfg, film, (2 if c["pred_sigma"] else 1) * c["in_channels"])
+    net = kind(cfg, film, (2 if c["pred_sigma"] else 1) * c["in_channels"])
     state = dict(d["state_dict"])
     # Fixed figures, which have no name here.
     dim = cfg.width // cfg.heads
@@ -773,12 +781,13 @@ def with_clean_frames(net, case):
     return out
 
 
+@pytest.mark.parametrize("kind", [ud.STDiT3, VideoTower], ids=["uniform_dit", "syncflow"])
 @files("stdit3_", without=("block",))
 @torch.no_grad()
-def test_stdit3(path):
+def test_stdit3(path, kind):
     d = load(path)
     for case in d["cases"]:
-        net = stdit3_of(d, case)
+        net = stdit3_of(d, case, kind)
         x = case["x"]
         t = case["timestep"]
         y = case["y"][:, 0]
@@ -1064,3 +1073,97 @@ def test_pretrained_files(tmp_path, capsys):
         ud.load_pretrained(codec, cfg)
     with pytest.raises(data.UserError, match="--codec small"):
         ud.check_files(dataclasses.replace(cfg, video_vae=""))
+
+
+# ---- syncflow.py
+
+
+@files("encodec_seanet")
+@torch.no_grad()
+def test_encodec_seanet(path):
+    d = load(path)
+    c = d["config"]
+    size = (c["channels"], c["n_filters"], c["ratios"], c["dimension"], c["n_residual_layers"])
+    how = {"lstm": c["lstm"], "causal": c["causal"], "norm": c["norm"]}
+    net = torch.nn.ModuleDict(
+        {"encoder": sf.WaveEncoder(*size, **how), "decoder": sf.WaveDecoder(*size, **how)}
+    )
+    net.load_state_dict(d["state_dict"])
+    assert sf.count(net) == d["n_params"]
+    for case in d["cases"]:
+        close(net["encoder"](case["x"]), case["z"])
+        close(net["decoder"](case["z"]), case["y"])
+
+
+def test_encodec_names_and_shapes():
+    """Of the network released for 24 kHz, without its quantizer."""
+    want = released("encodec_seanet_24k")
+    size = (1, 32, (8, 5, 4, 2), 128)
+    with torch.device("meta"):
+        net = torch.nn.ModuleDict(
+            {"encoder": sf.WaveEncoder(*size), "decoder": sf.WaveDecoder(*size)}
+        )
+    assert shapes(net) == want["keys"]
+    assert sf.count(net) == want["n_params"] == 14_851_810
+
+
+@files("ot_assign")
+def test_ot_assign(path):
+    for case in load(path):
+        cost = sf.squared_distances(case["noise_v"], case["data_v"])
+        cost = cost + sf.squared_distances(case["noise_a"], case["data_a"])
+        close(cost, case["cost"], 1e-5)
+        order = sf.optimal_order(cost)
+        # Of each noise its clip, there; of each clip its noise, here.
+        assert order[case["noise_to_data"]].tolist() == list(range(len(cost)))
+        total = cost[order, torch.arange(len(cost))].sum().item()
+        assert total == pytest.approx(case["optimal_cost"], rel=1e-5)
+
+
+class Toy:
+    """A network of a golden file: out = A x + D t / 100 + 0.1 y, and its half is a velocity."""
+
+    cfg = sf.Config()
+
+    def __init__(self, d):
+        self.A = d["toy_model"]["A"]
+        self.D = d["toy_model"]["D"]
+        self.y = None  # (B,), the conditions
+
+    def __call__(self, x_v, x_a, t_v, t_a, words, mask):
+        out = torch.einsum("oc,bcthw->bothw", self.A, x_v)
+        out = out + self.D * sf.across(1000 * (1 - t_v), x_v) / 100
+        if self.y is not None:
+            out = out + 0.1 * sf.across(self.y[: len(x_v)], x_v)
+        return out[:, : x_v.shape[1]], None
+
+
+@files("rf_schedule")
+def test_rf_schedule(path, monkeypatch):
+    """The noising, the loss, guided Euler steps. Open-Sora's own transform of t is not used."""
+    d = load(path)
+    toy = Toy(d)
+    flow = sf.Flow(toy, "video")
+    noised = d["add_noise"]
+    level = noised["t"] / 1000  # that clock runs from data to noise
+    close(flow.mix(noised["noise"], noised["x"], 1 - level), noised["x_t"], 1e-5)
+
+    words = torch.zeros(2, 3, sf.LETTERS, dtype=torch.long)
+    for i, want in enumerate(d["training_loss_per_sample"]):
+        one = slice(i, i + 1)
+        drawn = (torch.zeros(2, 1), noised["noise"][one], None)
+        monkeypatch.setattr(flow, "draw", lambda keys, device, drawn=drawn: drawn)
+        batch = {"z_v": noised["x"][one], "z_a": None, "key": None, "words": words[:1]}
+        loss, parts = flow.loss(toy, batch, level[one])
+        assert loss.item() == parts["video"].item() == pytest.approx(want.item(), rel=1e-4)
+
+    for run in d["euler_cfg"]:
+        if run["transform"]:
+            continue
+        z = run["z_init"]
+        n = len(z)
+        # The prompt's half comes first.
+        toy.y = torch.tensor([run["y_cond"]] * n + [run["y_uncond"]] * n)
+        said = words[:1].expand(n, -1, -1)
+        got, _ = flow.sample(z, None, said, words[1], run["cfg"], run["steps"])
+        close(got, run["z_final"])

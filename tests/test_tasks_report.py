@@ -11,12 +11,21 @@ import tasks_report
 import torch
 
 import data
+import metrics
+import syncflow
 
 torch.set_num_threads(1)
 CFG = SimpleNamespace(frames=16, size=32, fps=10, rate=8000)
 N = 24
 FEW = 12  # where rows are made
 SCENES = "toy:bounce,glide,pulse"
+
+
+TINY = """
+    --preset toy --frames 16 --size 16 --rate 4000 --n_mels 16 --hop 50 --window 128 --n_fft 128
+    --audio_patch 4,16 --audio_channels 6 --vae_width 8 --vae_blocks 1 --width 16 --depth 1
+    --heads 2 --text_width 16 --griffin_lim 2 --sample_steps 1
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +174,113 @@ def test_a_row_for_each_weight_and_for_the_untrained(monkeypatch):
     names = ["T2AV, untrained", "T2AV, captions, guidance 1", "T2AV, captions, guidance 2.5"]
     assert list(table) == [*names, "V2A, captions"]
     assert [call["guidance"] for call in calls] == [None, 1, 2.5, None]
+
+
+def test_a_line_for_each_checkpoint(monkeypatch):
+    calls = fake_model(monkeypatch, lambda video, audio, given: (video, audio))
+    loaded = []
+
+    def load(path, options):
+        loaded.append(path)
+        return SimpleNamespace(cfg=CFG)
+
+    sys.modules["fake"].load = load
+    monkeypatch.setattr(tasks_report, "judge", lambda *what: {})
+    paths = "out/on/ckpt.pt,out/off/audio/ckpt.pt"
+    table = run("--rows", "t2av,v2a,real", "--ckpt", paths, "--guidance", "1,2")
+    both = [f"T2AV, captions, {name}, guidance {w}" for name in ("on", "off/audio") for w in (1, 2)]
+    assert list(table) == [
+        *both,
+        "V2A, captions, on",
+        "V2A, captions, off/audio",
+        "other real clips",  # needs no model: once
+    ]
+    assert loaded == paths.split(",")
+    # The same clips and the same noise for both.
+    one, other = calls[-2:]
+    assert np.array_equal(one["video"], other["video"])
+    assert one["prompt"] == other["prompt"]
+    assert one["seed"] == other["seed"]
+
+
+def test_labels_tell_checkpoints_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def labels(*names):
+        return list(tasks_report.labels_of(names).values())
+
+    assert labels("out/a/ckpt.pt") == [""]
+    assert labels("out/a/ckpt.pt", "out/a/audio/ckpt.pt") == [", a", ", a/audio"]
+    assert labels("out/a/audio/ckpt.pt", "out/b/audio/ckpt.pt") == [", a/audio", ", b/audio"]
+    assert labels("a/ckpt.pt", f"{tmp_path}/a/old.pt") == [", a", ", a/old.pt"]
+
+
+def test_checkpoints_of_different_shapes_are_refused(monkeypatch):
+    fake_model(monkeypatch, None)
+    wide = SimpleNamespace(**{**vars(CFG), "size": 48})
+    configs = {"a/ckpt.pt": CFG, "b/ckpt.pt": wide}
+    sys.modules["fake"].load = lambda path, options: SimpleNamespace(cfg=configs[path])
+    with pytest.raises(data.UserError, match="differ in frames, size"):
+        run("--ckpt", ",".join(configs))
+
+
+def test_what_was_given_is_not_looked_at_again(clips, monkeypatch):
+    some = clips[:4]
+    video, audio = tasks_report.streams(some)
+    truth = tasks_report.observe(video, audio, some, CFG)
+    assert set(truth) == {"label", *tasks_report.FEATURES["video"], *tasks_report.FEATURES["audio"]}
+    kinds = []
+    observe = metrics.observe
+
+    def noted(clips, extract, *rest):
+        kinds.extend(extract)
+        return observe(clips, extract, *rest)
+
+    monkeypatch.setattr(metrics, "observe", noted)
+    mute = 0 * audio
+    known = tasks_report.observe(torch.from_numpy(video), mute, some, CFG, truth)
+    assert kinds == ["audio"]
+    fresh = tasks_report.observe(video, mute, some, CFG)
+    assert list(known) == list(fresh)
+    for name, x in fresh.items():
+        assert torch.equal(known[name], x) if torch.is_tensor(x) else known[name] == x
+
+
+@pytest.mark.parametrize("size", [24, 48])
+def test_scores_of_real_clips_are_alike_at_other_sizes(size, clips, reference):
+    cfg = SimpleNamespace(**{**vars(CFG), "size": size})
+    some, others = [list(data.Clips(SCENES, k, N, 16, size, 10, 8000)) for k in ("val", "train")]
+    seen = tasks_report.observe(*tasks_report.streams(others), others, cfg)
+    scores = tasks_report.judge(*tasks_report.streams(some), some, seen, cfg)
+    real = tasks_report.judge(*tasks_report.streams(clips), clips, reference, CFG)
+    assert scores["whole"] == scores["color"] == 1
+    same = ("sync", "bounce", "glide", "fad_builtin", "fd_joint_builtin")
+    assert {k: scores[k] for k in same} == pytest.approx({k: real[k] for k in same}, rel=0.02)
+    assert scores["fvd_builtin"] == pytest.approx(real["fvd_builtin"], rel=0.1)
+
+
+def test_syncflow_at_a_size_it_was_not_trained_at(tmp_path, capsys):
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        cfg = syncflow.parse(TINY)
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        paths.append(f"{folder}/ckpt.pt")
+        data.save_checkpoint(paths[-1], 0, cfg, {"ema": syncflow.SyncFlow(cfg)})
+    table = tasks_report.main([
+        *("--model", "syncflow", "--ckpt", ",".join(paths), "--n", "6", "--size", "24"),
+        *("--rows", "t2av,v2a,a2v,real"),
+    ])
+    assert list(table) == [
+        "T2AV, captions, run0",
+        "T2AV, captions, run1",
+        "V2A, captions, run0",
+        "V2A, captions, run1",
+        "other real clips",
+    ]
+    assert table["V2A, captions, run0"]["color"] == table["other real clips"]["whole"] == 1
+    assert capsys.readouterr().err.count("left out. SyncFlow makes no video for a sound") == 2
 
 
 def test_what_a_model_refuses_is_left_out(monkeypatch, capsys):

@@ -73,6 +73,17 @@ def test_a_ball_that_jumps(real):
     assert toy_report.count_balls(still, LEAST)["jump"] == pytest.approx(float(moved), rel=0.1)
 
 
+@pytest.mark.parametrize("size", [24, 48])
+def test_counts_of_real_clips_are_the_same_at_any_size(real, size):
+    cfg = SimpleNamespace(**{**vars(CFG), "size": size})
+    video, _, _ = toy_report.real_clips(SCENES, "val", N, cfg)
+    usual = toy_report.count_balls(real[0], LEAST)
+    counts = toy_report.count_balls(video, LEAST)
+    jump = counts.pop("jump")  # of pixels, which are larger or smaller
+    assert jump == pytest.approx(usual.pop("jump"), rel=0.05)
+    assert counts == usual
+
+
 def test_levels():
     time = torch.arange(12800) / 8000
     sine = 0.5 * torch.sin(2 * torch.pi * 440 * time)[None]

@@ -67,7 +67,8 @@ def count_balls(video, least):
     highest = hue.masked_fill(~seen, -1).amax(1)  # (n,)
     lowest = hue.masked_fill(~seen, len(data.COLORS)).amin(1)
     one_color = highest == lowest  # false if never seen
-    step = center.diff(dim=1).norm(dim=2)  # (n, F - 1) pixels
+    scale = 32 / video.shape[3]  # to pixels of a frame of 32x32, at any size
+    step = center.diff(dim=1).norm(dim=2) * scale  # (n, F - 1)
     both = seen[:, 1:] & seen[:, :-1]  # a ball before and after
     jump = step.masked_fill(~both, 0).amax(1)  # (n,)
     most = hue[seen].bincount().max() / seen.sum() if seen.any() else torch.tensor(float("nan"))
@@ -130,7 +131,7 @@ ROWS = (
     ("whole", "whole clips: and it is never missing", 0),
     ("missing", "frames without a ball, %", 1),
     ("most_frequent", "balls of the most frequent color, %", 0),
-    ("jump", "largest jump of the ball, pixels", 1),
+    ("jump", "largest jump, in pixels of a 32x32 frame", 1),
     ("jump_ratio", "the same, relative to real clips", 2),
     ("quiet", "quietest tenth of the sound, dB", 0),
     ("between", "lower quartile of the spectrogram, dB", 0),
