@@ -1,10 +1,11 @@
 """SyncFlow: two transformers side by side make video and its sound from text (arXiv 2412.15220).
 
-The video tower is STDiT3 of Open-Sora. The audio tower has as many layers; layer l attends to what
-the video tower's temporal block l has just said, as a small adaptor words it. So the sound is made
-with the picture, step by step, and nothing flows back. Both follow one rectified flow from noise to
-latents. The video tower learns alone from video and text, then the audio tower beside it, frozen,
-then both together. Paper: Liu et al. 2024, whose code is not public.
+The video tower is STDiT3 of Open-Sora. The audio tower has as many layers; its layer l attends to
+F_l, the output of the video tower's temporal block l, by way of a small adaptor. So the sound is
+made together with the picture, in every sampling step, and nothing flows back. Both follow one
+rectified flow from noise to latents. Training, on latents of frozen codecs, has three stages: the
+video tower and its text; the audio tower and its adaptors, while all else is frozen; then both
+towers. Paper: Liu et al. 2024, whose code is not public.
 
     video (B, F, 3, H, W)                  audio (B, 1, L)                        section 3.1
         | VAE                                  | VAE
@@ -27,23 +28,32 @@ B clips of F frames; L samples; T x h x w latents of C channels, T x S tokens; T
     python sample.py --model syncflow --video my.mp4    # sound for a video, never trained for
     python sample.py --model syncflow --size 48         # another size than it was trained at
 
+As in the paper, whose video tower is Open-Sora's:
+
+    S="python syncflow.py --preset paper --data concerts --t5 DIR --video_vae FILE"
+    $S --stage vae; $S --stage audio --init_video FILE; $S --stage joint
+
 The logged losses of video and audio are the mean squared errors of the velocity, in latents of mean
-square 1: a fresh network, which says nothing, starts at 2 each.
+square 1: in validation a fresh network, which says nothing, has about 2 for each.
 
-Where the paper is silent: learning rates and warm-up are Open-Sora's. The adaptor has no residual,
-and as many heads as the towers. What it hears of the video is the whole output of a temporal block,
-all T x S tokens of it, plus the time at which they are: attention along time is relative, so the
-sound could not tell a first frame from a last one. The time token is the video tower's embedding of
-t. Mini-batch optimal transport pairs noises with clips by one assignment for both streams, in
-training only. "1142" features, printed twice, are Open-Sora's 1152 (1142 does not divide by its 16
-heads). A dropped caption leaves no trace of its length.
+Where the paper is silent: learning rates and warm-up are Open-Sora's. Each stream's loss is a mean,
+and the two are added: in one mean over both, the longer stream would rule. The adaptor has no
+residual, and as many heads as the towers. It reads all T x S tokens of F_l, plus the time at which
+they are: attention along time is relative, so the sound could not tell a first frame from a last
+one. The time token is the video tower's embedding of t, so that in stage audio it is frozen, as is
+the text. Mini-batch optimal transport pairs noises with clips by one assignment for both streams,
+among the clips that a process has at a time, in training only. Codes are means of posteriors.
+"1142" features, printed twice, are Open-Sora's 1152 (1142 does not divide by its 16 heads). A
+dropped caption leaves no trace of its length.
 
-Not as in the paper: its sound VAE, which is EnCodec's network with a KL term, learns here without
-discriminators. Ours alone, for toy and small: codecs trained here (--codec small), whose sound is a
-mel spectrogram, as a waveform's phases are not learned in minutes; rotary positions in the spatial
-blocks (--rope); layers of sound that norm first (--prenorm); more of the middle noise levels
-(--levels); captions that vary, for the text encoder learned here. --noise_levels separate asks what
-the paper does not: does each stream better have its own t?
+Not as in the paper: its sound VAE, which is EnCodec's network with a KL term (the causal one of 24
+kHz, with other strides), learns here without discriminators. The paper takes Open-Sora's weights
+for its first stage, whose length here is ours. Ours alone, for toy and small: codecs trained here
+(--codec small), whose sound is a mel spectrogram, as a waveform's phases are not learned in
+minutes; rotary positions in the spatial blocks, and in the layers of sound, whose queries and keys
+then are normed and start alike (--rope); layers of sound that norm first, and adaptors that add to
+what they read (--prenorm); t that is logit-normal; captions that vary, for the text encoder learned
+here. --noise_levels separate is an experiment: in training each stream has its own t.
 """
 
 import argparse
@@ -81,7 +91,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
 
 @dataclass
 class Config:
-    """Every option. Defaults: the paper's, or where it is silent Open-Sora's and EnCodec's."""
+    """Every option. Defaults: the paper's; where it is silent, Open-Sora's, EnCodec's, or ours."""
 
     preset: str = "paper"  # the row of PRESETS that the other values start from
     data: str = "toy"  # toy, toy:bounce,glide (some of its scenes), or a set of data.py prepare
@@ -122,7 +132,7 @@ class Config:
     width: int = 1152  # features of a token, D
     depth: int = 28  # layers of each tower
     heads: int = 16  # heads of their attention
-    rope: bool = False  # rotary positions in the spatial blocks and for the sound too
+    rope: bool = False  # ours: rotary positions in spatial blocks and layers of sound
     adaptor: bool = True  # modality adaptors; without, the sound attends to F_l as it is
     kv: str = "flatten"  # of F_l: all tokens; or pool, their mean in each frame
     audio_from: str = "video"  # what the sound attends to: video, text (ablation), or both
@@ -133,15 +143,15 @@ class Config:
     text_drop: float = 0.1  # share of captions dropped in training (section 3.2)
     # the process (section 3.1)
     ot: bool = True  # pair noises with clips by mini-batch optimal transport
-    noise_levels: str = "shared"  # t of video and sound: shared; separate, each its own (ours)
-    levels: tuple = ()  # mean, deviation of log(t / (1 - t)) in training; empty: t uniform
+    noise_levels: str = "shared"  # t of video and sound: shared; separate: each its own (ours)
+    logit_normal: tuple = ()  # ours: mean, deviation of log(t / (1 - t)); empty: t uniform
     sample_steps: int = 50  # Euler steps
     guidance: float = 6.0  # strength w of classifier-free guidance; 1: none
     cache_latents: int = 0  # clips to encode once, before training; 0: encode batch by batch
     # training
-    video_steps: int = 150000  # optimizer steps of stage video
+    video_steps: int = 150000  # optimizer steps of stage video (ours)
     video_batch_size: int = 512  # clips per step over ALL processes
-    steps: int = 150000  # of stage audio
+    steps: int = 150000  # of stage audio (section 4)
     batch_size: int = 512  # its clips per step: 16 on each of 32 GPUs
     joint_steps: int = 20000  # of stage joint
     joint_batch_size: int = 64  # its clips per step: 2 on each of 32 GPUs
@@ -207,15 +217,15 @@ PRESETS = {
         prenorm=True,
         text_width=64,
         text_tokens=20,
-        levels=(-0.7, 1.3),
+        logit_normal=(-0.7, 1.3),
         sample_steps=20,
         guidance=1.5,
         cache_latents=4096,
         video_steps=2500,
         video_batch_size=4,
-        steps=2000,
+        steps=4000,
         batch_size=4,
-        joint_steps=800,
+        joint_steps=1000,
         joint_batch_size=4,
         lr=3e-3,
         joint_lr=1e-3,
@@ -246,7 +256,7 @@ PRESETS = {
         prenorm=True,
         text_width=256,
         text_tokens=24,
-        levels=(-0.7, 1.3),
+        logit_normal=(-0.7, 1.3),
         guidance=2.0,
         cache_latents=20000,
         video_steps=20000,
@@ -320,8 +330,8 @@ def check(cfg):
     for name, n in {"betas": 2, "vae_betas": 2, "audio_patch": 2, "video_patch": 3}.items():
         if len(getattr(cfg, name)) != n:
             raise data.UserError(f"--{name} needs {n} numbers.")
-    if len(cfg.levels) not in (0, 2):
-        raise data.UserError("--levels needs two numbers, or none: () is uniform.")
+    if len(cfg.logit_normal) not in (0, 2):
+        raise data.UserError("--logit_normal needs two numbers, or none: () is uniform.")
 
     # Codec: whole patches, whole steps of sound.
     samples = cfg.frames * cfg.rate // cfg.fps
@@ -996,14 +1006,14 @@ class WaveConv(nn.Module):
         super().__init__()
         self.stride = stride
         self.causal = causal
-        self.missing = (kernel - 1) * dilation + 1 - stride  # samples that a border lacks
+        self.padding = (kernel - 1) * dilation + 1 - stride  # of both ends together
         conv = nn.Conv1d(n, m, kernel, stride, dilation=dilation)
         self.conv = normed("conv", conv, norm)
 
     def forward(self, x):
         extra = -x.shape[2] % self.stride  # so that the last window is full
-        right = 0 if self.causal else self.missing // 2
-        x = F.pad(x, (self.missing - right, right + extra), mode="reflect")
+        right = 0 if self.causal else self.padding // 2
+        x = F.pad(x, (self.padding - right, right + extra), mode="reflect")
         return self.conv(x)
 
 
@@ -1184,7 +1194,8 @@ class OriginalCodec(nn.Module):
             images = batch["video"].flatten(0, 1).split(self.images)
             codes = torch.cat([self.spatial_vae.encode(part)[0] for part in images])
             codes = codes.unflatten(0, size).transpose(1, 2)  # (B, 4, F, H / 8, W / 8)
-            # In one piece: Open-Sora's pieces of 17 frames would make 9 latents of 32 frames.
+            # In one piece, as the paper's factor of 4 says: Open-Sora's pieces of 17 frames would
+            # make 9 latents of 32 frames.
             mean, _ = self.temporal_vae.encode(self.sd_scale * codes)
             shift, scale = self.stats
             z["z_v"] = (mean - shift) / scale
@@ -1223,11 +1234,11 @@ def examine_wave(wave, val, device):
         real = data.to_device(batch, device)["audio"]
         made = wave.decoder(wave.encode(real)[0])
         true = mel(real)  # (B, 1, T, M)
-        ours = (mel(made) - true).abs().mean()
-        other = (true.mean(2, keepdim=True) - true).abs().mean()
-        ratio = metrics.si_sdr(made[:, 0].cpu(), real[:, 0].cpu()).mean()
+        ours = (mel(made) - true).abs().mean((1, 2, 3))
+        other = (true.mean(2, keepdim=True) - true).abs().mean((1, 2, 3))
+        ratio = metrics.si_sdr(made[:, 0].cpu(), real[:, 0].cpu())
         rows.append(torch.stack([ours.cpu(), other.cpu(), ratio.float()]))
-    ours, other, ratio = torch.stack(rows).mean(0).tolist()
+    ours, other, ratio = torch.cat(rows, 1).mean(1).tolist()
     say(f"Log-mel distance: codec {ours:.2f}, mean spectrum {other:.2f}; SI-SDR {ratio:.1f} dB")
     if cfg.need_good and not ours < other:  # nor is nan
         raise data.UserError(
@@ -1539,14 +1550,15 @@ def latent_shapes(cfg):
 
 
 class VideoTower(nn.Module):
-    """STDiT3: (B, C, T, H, W) -> the velocity (B, C_out, T, H, W), and what each temporal block
-    says, depth times (B, T, S, D)."""
+    """STDiT3: (B, C, T, H, W) -> the velocity (B, C_out, T, H, W), and the outputs F_l of its
+    temporal blocks, depth times (B, T, S, D)."""
 
-    def __init__(self, cfg, film, channels_out):
+    def __init__(self, cfg, shape, channels_out):
+        """shape (C, T, H, W). channels_out: C; released weights have 2 C."""
         super().__init__()
         self.cfg = cfg
         D = cfg.width
-        C, T, H, W = film
+        C, T, H, W = shape
         rows = math.ceil(H / 2)
         columns = math.ceil(W / 2)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(C, D, (1, 2, 2), (1, 2, 2))})
@@ -1565,7 +1577,7 @@ class VideoTower(nn.Module):
         places = place_embedding(rows, columns, cfg.size, D)
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("time_turn", line(T, D // cfg.heads), persistent=False)
-        # Ours: the paper has no rotary positions here. At toy size they are the largest gain.
+        # Ours: the paper has no rotary positions here.
         space_turn = grid((rows, columns), D // cfg.heads) if cfg.rope else None
         self.register_buffer("space_turn", space_turn, persistent=False)
 
@@ -1609,16 +1621,20 @@ class VideoTower(nn.Module):
 
 
 def turn_at(times, dim):
-    """Turns of the times (N,), at the frequencies 100^(-2i / dim): a clip has tens of steps."""
+    """Turns of the times (N,).
+
+    Frequencies are 100^(-2i / dim), not 10000^...: a clip has tens of steps of sound, in which
+    slower turns would tell nothing.
+    """
     freqs = 100 ** (-torch.arange(0, dim, 2) / dim)
     return turning(times[:, None] * freqs)
 
 
-class Attention(nn.Module):
+class AudioAttention(nn.Module):
     """x (B, N, D) attends to y (B, M, D), of which mask (B, M) tells what counts.
 
-    rope (ours): queries and keys are normed per head, as in the video tower, and may be turned by
-    the times at which they are, turn_x and turn_y.
+    rope (ours): queries and keys are normed per head, as in the video tower, and, where turns are
+    given, turned by the times of x and y.
     """
 
     def __init__(self, width, heads, rope):
@@ -1648,14 +1664,13 @@ class Attention(nn.Module):
 class Adaptor(nn.Module):
     """Words the video's features (B, M, D) for the sound: self-attention, norm, linear layer.
 
-    prenorm (ours): the attention also has a norm before it, and is added to what it reads. Without,
-    the tokens of a clip become much the same.
+    prenorm (ours): the attention also has a norm before it, and is added to what it reads.
     """
 
     def __init__(self, width, heads, rope, prenorm):
         super().__init__()
         self.enter_norm = nn.LayerNorm(width) if prenorm else None
-        self.attn = Attention(width, heads, rope)  # of the features to themselves
+        self.attn = AudioAttention(width, heads, rope)  # of the features to themselves
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, width)
 
@@ -1675,8 +1690,8 @@ class AudioLayer(nn.Module):
     def __init__(self, width, heads, rope, prenorm):
         super().__init__()
         self.prenorm = prenorm
-        self.attn = Attention(width, heads, rope)  # of the sound to itself
-        self.cross_attn = Attention(width, heads, rope)
+        self.attn = AudioAttention(width, heads, rope)  # of the sound to itself
+        self.cross_attn = AudioAttention(width, heads, rope)
         self.mlp = Mlp(width, 4 * width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
@@ -1696,11 +1711,12 @@ class AudioLayer(nn.Module):
 class AudioTower(nn.Module):
     """(B, D_A, T_a) -> the velocity (B, D_A, T_a), as the features of the video tower suggest."""
 
-    def __init__(self, cfg, film, codes, steps):
-        """film (C, T, h, w): of the video's latents; codes, steps: D_A and T_a."""
+    def __init__(self, cfg, shape_v, shape_a):
+        """Shapes of the latents: (C, T, h, w) and (D_A, T_a)."""
         super().__init__()
         self.cfg = cfg
         D = cfg.width
+        codes, steps = shape_a
         self.enter = nn.Linear(codes, D)
         self.layers = nn.ModuleList()
         self.adaptors = nn.ModuleList()
@@ -1710,7 +1726,7 @@ class AudioTower(nn.Module):
                 self.adaptors.append(Adaptor(D, cfg.heads, cfg.rope, cfg.prenorm))
         self.leave = nn.Linear(D, codes)
         self.start()
-        self.set_clock(film, steps)
+        self.set_clock(shape_v, steps)
 
     def start(self):
         """The first weights, as in the video tower."""
@@ -1720,28 +1736,32 @@ class AudioTower(nn.Module):
                 nn.init.zeros_(layer.bias)
         zeroed(self.leave)
         if self.cfg.rope:
-            # Queries and keys start much alike. As they are turned by their times, the sound first
-            # attends to what is seen when it is heard; it finds the rest of the way much sooner.
+            # Queries and keys start with a large part in common. Turned by their times, their
+            # product is largest where these are equal: the sound starts with what is seen when it
+            # is heard, and has not to find that first.
             for layer in self.layers:
                 keys, _ = layer.cross_attn.kv_linear.bias.data.chunk(2)
                 nn.init.ones_(keys)
                 nn.init.ones_(layer.cross_attn.q_linear.bias)
 
-    def set_clock(self, film, steps):
-        """Both towers on one clock, in steps of sound: the middles of steps, and of frames.
+    def set_clock(self, shape_v, steps):
+        """Positions of both towers in time, in one unit: steps of sound.
 
-        Times are no weights: at another --size there are other tokens at the same times.
+        A step is at its middle, a frame of latents at the middle of its steps. Positions are no
+        weights: at another --size there are other tokens at the same times.
         """
         cfg = self.cfg
-        _, T, h, w = film
+        _, T, h, w = shape_v
         step_times = torch.arange(steps) + 0.5
         frame_times = (torch.arange(T) + 0.5) * steps / T
+        # Added to the tokens: F_l alone does not tell which frame it is of.
         places = time_embedding(step_times, cfg.width)
         self.register_buffer("step_places", places, persistent=False)  # (T_a, D)
         places = time_embedding(frame_times, cfg.width)[:, None]
         self.register_buffer("frame_places", places, persistent=False)  # (T, 1, D)
 
-        # Times of what condition() puts together; t and words have none, and are put at 0.
+        # Times of the keys, in the order of condition(). The token of t and words have no time:
+        # they are not turned, as if at 0.
         tokens = 1 if cfg.kv == "pool" else math.ceil(h / 2) * math.ceil(w / 2)
         times = [torch.zeros(1)]
         if cfg.audio_from != "text":
@@ -1765,7 +1785,7 @@ class AudioTower(nn.Module):
             if self.cfg.kv == "pool":
                 x = x.mean(2, keepdim=True)
             x = (x + self.frame_places).flatten(1, 2)  # (B, T * S or T, D)
-            if self.adaptors:
+            if self.cfg.adaptor:
                 x = self.adaptors[i](x)
             tokens.append(x)
         if self.cfg.audio_from == "video":
@@ -1774,14 +1794,16 @@ class AudioTower(nn.Module):
         mask = F.pad(y_mask, (counts, 0), value=True)
         return torch.cat([*tokens, y], 1), mask
 
-    def layer(self, x, i, features, c, y, y_mask):
+    def one_layer(self, x, i, features, c, y, y_mask):
+        """Layer i and what it attends to, in one piece to recompute."""
         condition, mask = self.condition(i, features, c, y, y_mask)
         return self.layers[i](x, condition, mask, self.turn_x, self.turn_y)
 
-    def forward(self, x, features, c, y, y_mask):
+    def forward(self, x, all_features, c, y, y_mask):
+        """all_features: F_1, F_2, ... of the video tower; the rest as in condition()."""
         x = self.enter(x.mT) + self.step_places  # (B, T_a, D)
-        for i, said in enumerate(features):
-            x = recomputed(self.cfg, self.layer, x, i, said, c, y, y_mask)
+        for i, features in enumerate(all_features):
+            x = recomputed(self.cfg, self.one_layer, x, i, features, c, y, y_mask)
         return self.leave(x).mT.float()
 
 
@@ -1916,9 +1938,9 @@ class SyncFlow(nn.Module):
         self.codec = codec(cfg).requires_grad_(False)
         self.text = nn.Identity() if cfg.t5 else ByteText(cfg)
         self.shapes = latent_shapes(cfg)
-        film, (codes, steps) = self.shapes
-        self.video = VideoTower(cfg, film, film[0])
-        self.audio = AudioTower(cfg, film, codes, steps)
+        shape_v, shape_a = self.shapes
+        self.video = VideoTower(cfg, shape_v, shape_v[0])
+        self.audio = AudioTower(cfg, shape_v, shape_a)
         self.edges = names_like(self, "codec|text|embed|table|final|enter|leave")
 
     def train_only(self, stage):
@@ -1981,9 +2003,9 @@ def squared_distances(noise, z):
 def assign(cost):
     """The assignment of least total cost, exactly: (n, n) -> for each column its row (n,).
 
-    Shortest augmenting paths (Jonker and Volgenant 1987). Row by row joins; prices of rows and
-    columns keep every reduced cost, cost - row_price - column_price, at 0 or more, and at 0 where a
-    row has its column.
+    Shortest augmenting paths (Jonker and Volgenant 1987). Rows join one by one. Each row and column
+    has a price; reduced costs, cost - row_price - column_price, stay at 0 or more, and are 0 where
+    a row owns a column.
     """
     cost = np.asarray(cost, np.float64)
     n = len(cost)
@@ -2007,7 +2029,7 @@ def assign(cost):
             length = far[last]
             done[last] = True
             row = owner[last]
-        # Prices: what lies on the way becomes as near as it can.
+        # New prices, so that reduced costs along the path are 0, and none is negative.
         gain = length - far[done]
         others = owner[done]
         row_price[others[others >= 0]] += gain[others >= 0]
@@ -2022,20 +2044,21 @@ def assign(cost):
 
 
 def optimal_order(cost):
-    """Which noise each clip gets in mini-batch optimal transport (Tong et al. 2024).
+    """The order of the noises in mini-batch optimal transport (Tong et al. 2024), (n,).
 
-    cost (n, n) of noise i for clip j -> (n,) on the same device. The device has to be waited for:
-    an exact assignment is made one step after another, on the CPU.
+    cost (n, n): of noise i for clip j, which gets noise order[j]. The mini-batch is what a process
+    has at a time. The device has to be waited for: an exact assignment is made step by step, on the
+    CPU.
     """
     rows = assign(cost.cpu().numpy())
     return torch.from_numpy(rows).to(cost.device, non_blocking=True)
 
 
 class Flow:
-    """x_t = (1 - t) noise + t z (section 3.1), along which a network says the velocity z - noise.
+    """The path x_t = (1 - t) noise + t z, and its velocity z - noise, which a network says (section
+    3.1).
 
-    model: for codec and shapes; what is called in training is net, the same compiled, or as DDP
-    wraps it.
+    stage: whose loss it is. In training net is called: the model, compiled, or as DDP wraps it.
     """
 
     def __init__(self, model, stage="joint"):
@@ -2049,11 +2072,11 @@ class Flow:
         In training no key comes twice: it is of a number that counts on over the epochs.
         """
         draws = generators(keys, device)
-        levels = self.cfg.levels
         t = []
         for own in draws:
-            if levels:
-                mean, deviation = levels
+            # Two of them, one for each stream.
+            if self.cfg.logit_normal:
+                mean, deviation = self.cfg.logit_normal
                 drawn = torch.randn(2, generator=own, device=device)
                 t.append(torch.sigmoid(mean + deviation * drawn))
             else:
@@ -2061,8 +2084,8 @@ class Flow:
         t = torch.stack(t, 1)  # (2, B)
         if self.cfg.noise_levels == "shared":
             t = t[:1].expand(2, -1)
-        film, sound = self.model.shapes
-        return t, normal(draws, film), normal(draws, sound)
+        shape_v, shape_a = self.model.shapes
+        return t, normal(draws, shape_v), normal(draws, shape_a)
 
     def mix(self, noise, z, t):
         """x_t at t (B,)."""
@@ -2071,8 +2094,8 @@ class Flow:
     def loss(self, net, batch, level=None):
         """The loss of section 3.2; its parts "video" and "audio", of which a stage may have one.
 
-        batch: z_v, z_a, words, key. level (B,) in [0, 1): 1 - t, instead of drawn ones, which is
-        validation: no optimal transport, so that no clip depends on its neighbors.
+        batch: z_v, z_a, words, key. level (B,) in [0, 1): in validation, 1 - t of both streams,
+        instead of drawn ones; and no optimal transport, so that no clip depends on its neighbors.
         """
         z_v = batch["z_v"]
         z_a = batch["z_a"]
@@ -2083,6 +2106,7 @@ class Flow:
             cost = squared_distances(noise_v, z_v)
             if self.stage != "video":
                 cost = cost + squared_distances(noise_a, z_a)  # of the joint vector
+            # Only noise changes places. A clip keeps its sound, its caption and its t.
             order = optimal_order(cost)
             noise_v = noise_v[order]
             noise_a = noise_a[order]
@@ -2103,43 +2127,38 @@ class Flow:
         return self.loss(net, {**batch, **self.model.encode(batch)}, level)
 
     def sample(self, noise_v, noise_a, words, negative, guidance, steps, z_v=None):
-        """Euler steps from noise (t = 0) to latents (t = 1) -> z_v, z_a; z_a None in stage video.
+        """Euler steps from noise (t = 0) to latents (t = 1) -> those of video and sound.
 
-        words (B, M, ...), and those of a negative prompt (M, ...), lead by v_n + w (v_c - v_n), eq.
-        3, where w is guidance. z_v: latents of a video that is given (zero-shot): at every step its
-        own x_t, of one noise, stands for what would have been made. A model that knows separate
-        levels gets it clean instead.
+        words (B, M, ...), and those of a negative prompt (M, ...). z_v: latents of a given video
+        (zero-shot, section 5). At every step they, mixed with the noise to that t, take the place
+        of what was made. A model trained with separate levels gets them clean, t = 1.
         """
-        copies = 1 if guidance == 1 else 2
-        if copies == 2:
+        if guidance != 1:
             words = torch.cat([words, negative.expand_as(words)])
         text = read(words, self.cfg)
         x_v = noise_v
-        x_a = None if self.stage == "video" else noise_a
+        x_a = noise_a
         for i in range(steps):
-            t = torch.full((len(noise_v),), i / steps, device=noise_v.device)
+            t = torch.full((len(x_a),), i / steps, device=x_a.device)
             t_v = t
             if z_v is not None:
                 if self.cfg.noise_levels == "separate":
                     t_v = torch.ones_like(t)
                 x_v = self.mix(noise_v, z_v, t_v)
-            v_v, v_a = self.velocity(x_v, x_a, t_v, t, text, copies, guidance)
+            v_v, v_a = self.velocity(x_v, x_a, t_v, t, text, guidance)
             x_v = x_v + v_v / steps
-            if x_a is not None:
-                x_a = x_a + v_a / steps
-        return x_v if z_v is None else z_v, x_a
+            x_a = x_a + v_a / steps
+        return x_v, x_a
 
-    def velocity(self, x_v, x_a, t_v, t_a, text, copies, guidance):
-        """What the model says, guided, of both streams."""
-        inputs = []
-        for x in (x_v, x_a, t_v, t_a):
-            inputs.append(x if x is None or copies == 1 else torch.cat([x, x]))
+    def velocity(self, x_v, x_a, t_v, t_a, text, guidance):
+        """What the model says of both streams, led by the text: eq. 3, where w is guidance."""
+        if guidance == 1:
+            return self.model(x_v, x_a, t_v, t_a, *text)
+        twice = [torch.cat([x, x]) for x in (x_v, x_a, t_v, t_a)]
         guided = []
-        for v in self.model(*inputs, *text):
-            if v is not None and copies == 2:
-                v_c, v_n = v.chunk(2)
-                v = v_n + guidance * (v_c - v_n)  # eq. 3
-            guided.append(v)
+        for v in self.model(*twice, *text):
+            v_c, v_n = v.chunk(2)  # of the caption, and of the negative prompt
+            guided.append(v_n + guidance * (v_c - v_n))
         return guided
 
 
@@ -2421,7 +2440,10 @@ def some_clips(dataset, cfg, n):
 
 
 def stage_config(cfg, stage):
-    """The config of a stage, as fit() wants it."""
+    """The config of a stage, as fit() wants it.
+
+    What a stage has for itself, as video_steps, replaces the plain option; stage audio has these.
+    """
     names = ("steps", "batch_size", "lr", "betas", "optimizer")
     values = {name: getattr(cfg, f"{stage}_{name}", getattr(cfg, name)) for name in names}
     if stage != "joint":
@@ -2438,7 +2460,7 @@ def train_vae(cfg, train, val, device):
     if small and RANK == 0 and not Path(f"{cfg.out}/ckpt.pt").exists():
         codec.start(some_clips(train, cfg, 64))
     codec = codec.to(device)
-    if WORLD > 1:  # the other processes get that start from the first
+    if WORLD > 1:  # now, as fit() makes a copy of them before DDP would share them
         for p in codec.parameters():
             dist.broadcast(p.data, 0)
     say(f"Stage vae: {count(codec):,} parameters on {device}, data {cfg.data}, to {cfg.out}")
@@ -2457,35 +2479,41 @@ def train_vae(cfg, train, val, device):
     fit(codec, vae_loss, cfg, train, val, rebuilt)
 
 
-def finished(path, stage):
-    """The averaged weights of a stage that is trained to its end, and its config."""
+def finished(path, stage, cfg):
+    """The averaged weights of a stage that is trained to its end, for clips and mels as in cfg."""
     if WORLD > 1:
         dist.barrier()  # the first process has saved them
     state = data.load_checkpoint(path)
-    if state.get("step", 0) < state.get("cfg", {}).get("steps", 1):
+    old = state.get("cfg", {})
+    if state.get("step", 0) < old.get("steps", 1):
         raise data.UserError(f"{path} is not trained to its end: run --stage {stage} first.")
-    return state["ema"], state["cfg"]
+    for name in ("fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"):
+        if old[name] != getattr(cfg, name):
+            raise data.UserError(
+                f"{path} was trained with --{name} {old[name]}: keep to that, or start anew with "
+                "another --out."
+            )
+    return state["ema"]
 
 
 def load_codec(codec, cfg, train):
     """Fill the codec, from OUT/vae/ckpt.pt and from files; measure how to scale its latents."""
-    path = cfg.audio_vae or f"{cfg.out}/vae/ckpt.pt"
+    path = f"{cfg.out}/vae/ckpt.pt"
+    if cfg.codec == "original" and cfg.audio_vae:
+        path = cfg.audio_vae
+    state = finished(path, "vae", cfg)
     if cfg.codec == "small":
-        path = f"{cfg.out}/vae/ckpt.pt"
-    state, old = finished(path, "vae")
-    for name in ("fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"):
-        if old[name] != getattr(cfg, name):
-            raise data.UserError(
-                f"{path} was trained with --{name} {old[name]}: keep to that, or train another "
-                "codec with another --out."
-            )
-    if cfg.codec == "original":
-        load_video_vae(codec, cfg.video_vae)
-        data.load_weights(codec.wave, state, path)
-        codec.wave.measure(some_clips(train, cfg, 256))
-    else:
         data.load_weights(codec, state, path)
         codec.measure(some_clips(train, cfg, 256))
+        return
+    load_video_vae(codec, cfg.video_vae)
+    data.load_weights(codec.wave, state, path)
+    sounds = []
+    for i in range(256):
+        # One by one: so many videos would fill the memory.
+        audio = data.make_batch(train, cfg.seed, [i])["audio"]
+        sounds.append(data.to_device({"audio": audio}, "cpu"))
+    codec.wave.measure(sounds)
 
 
 def check_codec(codec, path):
@@ -2516,18 +2544,21 @@ def start_of(model, stage, cfg, train):
     """Fill a model with what the stages before have made."""
     if stage == "joint":
         path = f"{cfg.out}/audio/ckpt.pt"
-        data.load_weights(model, finished(path, "audio")[0], path)
+        data.load_weights(model, finished(path, "audio", cfg), path)
         return
     path = f"{cfg.out}/video/ckpt.pt"
     if stage == "audio" and Path(path).exists():
-        state = finished(path, "video")[0]
+        state = finished(path, "video", cfg)
         # The audio tower has learned nothing there, and its options may differ by now.
         state = {name: p for name, p in state.items() if not name.startswith("audio.")}
         own = {f"audio.{name}": p for name, p in model.audio.state_dict().items()}
         data.load_weights(model, {**state, **own}, path)
         return
-    if stage == "audio" and not cfg.init_video:
-        raise data.UserError(f"There is no {path}: run --stage video first, or give --init_video.")
+    if stage == "audio" and not (cfg.init_video and cfg.t5):
+        raise data.UserError(
+            f"There is no {path}: run --stage video first, or give --init_video and the --t5 whose "
+            "words it knows."
+        )
     load_codec(model.codec, cfg, train)
     if cfg.init_video:
         load_stdit3(model.video, cfg.init_video)
@@ -2541,9 +2572,9 @@ def train_towers(stage, cfg, train, val, device):
     own = stage_config(cfg, stage)
     check_codec(model.codec, f"{own.out}/ckpt.pt")
     model = model.to(device)
-    if stage == "video" and cfg.codec == "small":
+    if stage != "joint" and cfg.codec == "small":
         examine(model.codec, val, device)
-    elif stage == "video":
+    elif stage != "joint":
         examine_wave(model.codec.wave, val, device)
 
     shown = [val[i]["caption"] for i in range(min(cfg.samples, len(val)))]
@@ -2623,8 +2654,8 @@ def sample(
         noise = [normal(draws, shape).to(device) for shape in model.shapes]
         with autocast:
             z = model.encode(known)
-            said = words[part].to(device)
-            z_v, z_a = flow.sample(*noise, said, negative, guidance, steps, z.get("z_v"))
+            ids = words[part].to(device)
+            z_v, z_a = flow.sample(*noise, ids, negative, guidance, steps, z.get("z_v"))
         z = {"z_a": z_a} if given else {"z_v": z_v, "z_a": z_a}
         made.append(model.decode(z))
     # What was given comes back as it was.
@@ -2635,9 +2666,12 @@ def sample(
 
 
 def load(path, device="cpu", options=()):
-    """A model ready to sample from a checkpoint of any stage but vae (its averaged weights).
+    """A model ready to sample from a checkpoint (its averaged weights); after stage video its
+    sound is noise.
 
-    Options, as on the command line, override the config; --size makes clips of another size.
+    Options, as on the command line, override the config. --size makes clips of a size that it was
+    never trained for (section 5): a frame has more places, so the sound more keys; the clock
+    stays.
     Raises data.UserError when the file is not readable or does not fit.
     """
     state = data.load_checkpoint(path)

@@ -346,7 +346,7 @@ def test_sf_without_transport(stage, tmp_path, monkeypatch):
 # As in the paper; the toy preset has others. Cached latents, or none.
 SF_OPTIONS = [
     "--noise_levels separate --checkpoint true --cache_latents 0",
-    "--rope false --prenorm false --levels () --optimizer adamw",
+    "--rope false --prenorm false --logit_normal () --optimizer adamw",
     "--kv pool --audio_from both --adaptor false",
     "--audio_from text",
 ]

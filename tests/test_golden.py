@@ -1135,7 +1135,7 @@ class Toy:
         out = out + self.D * sf.across(1000 * (1 - t_v), x_v) / 100
         if self.y is not None:
             out = out + 0.1 * sf.across(self.y[: len(x_v)], x_v)
-        return out[:, : x_v.shape[1]], None
+        return out[:, : x_v.shape[1]], x_a
 
 
 @files("rf_schedule")
@@ -1165,5 +1165,5 @@ def test_rf_schedule(path, monkeypatch):
         # The prompt's half comes first.
         toy.y = torch.tensor([run["y_cond"]] * n + [run["y_uncond"]] * n)
         said = words[:1].expand(n, -1, -1)
-        got, _ = flow.sample(z, None, said, words[1], run["cfg"], run["steps"])
+        got, _ = flow.sample(z, torch.zeros(n, 1, 1), said, words[1], run["cfg"], run["steps"])
         close(got, run["z_final"])
