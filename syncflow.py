@@ -2487,11 +2487,14 @@ def finished(path, stage, cfg):
     old = state.get("cfg", {})
     if state.get("step", 0) < old.get("steps", 1):
         raise data.UserError(f"{path} is not trained to its end: run --stage {stage} first.")
-    for name in ("fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"):
-        if old[name] != getattr(cfg, name):
+    names = ["fps", "rate", "n_mels", "hop", "window", "n_fft", "floor"]
+    if stage != "vae":
+        names.append("rope")
+    for name in names:
+        if old.get(name) != getattr(cfg, name):
             raise data.UserError(
-                f"{path} was trained with --{name} {old[name]}: keep to that, or start anew with "
-                "another --out."
+                f"{path} was trained with --{name} {old.get(name)}: keep to that, or start anew "
+                "with another --out."
             )
     return state["ema"]
 
@@ -2516,15 +2519,18 @@ def load_codec(codec, cfg, train):
     codec.wave.measure(sounds)
 
 
-def check_codec(codec, path):
-    """Refuse to go on with a run of another codec."""
-    if Path(path).exists():
-        old = data.load_checkpoint(path).get("ema", {})
-        for name, p in codec.named_parameters():
-            if not torch.equal(old.get(f"codec.{name}", p), p):
-                raise data.UserError(
-                    f"{path} was trained with another codec: choose another --out, or move it away."
-                )
+def check_start(model, stage, path):
+    """Refuse to go on with a run over another codec or, in stage audio, another video tower."""
+    if not Path(path).exists():
+        return
+    old = data.load_checkpoint(path).get("ema", {})
+    for name, p in model.named_parameters():
+        part = "codec" if name.startswith("codec.") else "video tower"
+        fixed = part == "codec" or (stage == "audio" and not name.startswith("audio."))
+        if fixed and not torch.equal(old.get(name, p), p):
+            raise data.UserError(
+                f"{path} was trained with another {part}: choose another --out, or move it away."
+            )
 
 
 def load_stdit3(tower, path):
@@ -2570,7 +2576,7 @@ def train_towers(stage, cfg, train, val, device):
     model = SyncFlow(cfg)
     start_of(model, stage, cfg, train)
     own = stage_config(cfg, stage)
-    check_codec(model.codec, f"{own.out}/ckpt.pt")
+    check_start(model, stage, f"{own.out}/ckpt.pt")
     model = model.to(device)
     if stage != "joint" and cfg.codec == "small":
         examine(model.codec, val, device)

@@ -967,7 +967,7 @@ def test_the_sound_with_other_options_over_the_same_video_stage(trained, tmp_pat
 VARIANTS = [
     "--noise_levels separate --ot false --grad_accum 2 --rope false --prenorm false --lr 1e-4",
     "--amp bf16 --checkpoint true --optimizer muon --cache_latents 0 --audio_from both",
-    "--logit_normal () --kv pool --text_drop 1",
+    "--logit_normal () --kv pool",
 ]
 
 
@@ -1066,6 +1066,19 @@ def test_a_codec_of_another_sound_is_refused(trained):
         for stage in ("audio", "joint"):
             with pytest.raises(data.UserError, match=f"with --{name} {getattr(cfg, name)}"):
                 sf.start_of(None, stage, other, None)
+
+
+def test_a_video_tower_that_learned_on_is_not_mixed_up(trained, tmp_path):
+    """Stage audio of a folder does not go on over other weights, nor with other positions."""
+    out = copied(trained, tmp_path, "vae", "video", "audio")
+    sf.main([*TINY, *out, "--stage", "video", "--video_steps", "4"])
+    before = (tmp_path / "audio" / "ckpt.pt").read_bytes()
+    says = refused(*out, "--video_steps", "4", "--stage", "audio")
+    assert "audio/ckpt.pt was trained with another video tower" in says
+    assert (tmp_path / "audio" / "ckpt.pt").read_bytes() == before
+    rope = "false" if tiny().rope else "true"
+    says = refused(*out, "--stage", "audio", "--rope", rope)
+    assert f"video/ckpt.pt was trained with --rope {tiny().rope}" in says
 
 
 def test_stages_have_an_order(trained, tmp_path):
