@@ -1662,7 +1662,7 @@ class AudioAttention(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """Words the video's features (B, M, D) for the sound: self-attention, norm, linear layer.
+    """Adapts features of the video (B, M, D) to the sound: self-attention, norm, linear layer.
 
     prenorm (ours): the attention also has a norm before it, and is added to what it reads.
     """
