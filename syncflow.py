@@ -2676,9 +2676,8 @@ def load(path, device="cpu", options=()):
     sound is noise.
 
     Options, as on the command line, override the config. --size makes clips of a size that it was
-    never trained for (section 5): a frame has more places, so the sound more keys; the clock
-    stays.
-    Raises data.UserError when the file is not readable or does not fit.
+    never trained for (section 5): a larger frame has more places, and so the sound more keys; the
+    clock stays. Raises data.UserError when the file is not readable or does not fit.
     """
     state = data.load_checkpoint(path)
     if not any(name.startswith("video.") for name in state.get("ema", {})):
